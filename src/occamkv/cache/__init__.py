@@ -1,0 +1,7 @@
+"""Where the tokens are: layer cache, page pool, plan and report."""
+
+from occamkv.cache.layer import LayerCache
+from occamkv.cache.plan import LayerPlan, Plan
+from occamkv.cache.report import CacheReport, LayerReport
+
+__all__ = ["CacheReport", "LayerCache", "LayerPlan", "LayerReport", "Plan"]

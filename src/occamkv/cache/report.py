@@ -1,0 +1,131 @@
+"""The report: what a cache did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from occamkv.formats import PAGE_TOKENS
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. Bytes are those of its tensors; `full_bytes` is what K and V of its tokens take unpacked.
+
+    `tokens` counts slots of a sequence, pads included; `packed_tokens` the packed tokens of all. `reads_packed` and
+    `reads_dense` count attention calls on packed bytes and calls that had to dequantize everything.
+    """
+
+    index: int
+    method: str
+    reason: str | None = None
+    backend: str | None = None
+    bits_per_value: float | None = None
+    tokens: int = 0
+    packed_tokens: int = 0
+    packed_bytes: int = 0
+    residual_bytes: int = 0
+    pin_bytes: int = 0
+    full_bytes: int = 0
+    reads_packed: int = 0
+    reads_dense: int = 0
+    lossy_crops: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer holds."""
+        return self.packed_bytes + self.residual_bytes + self.pin_bytes
+
+    @property
+    def packs(self) -> bool:
+        """Whether the layer is quantized by plan."""
+        return self.reason is None and self.method != "full"
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """All layers of a cache. `print(report)` shows it, `to_json` gives the data."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the same tokens in a full-precision cache."""
+        return sum(layer.full_bytes for layer in self.layers)
+
+    @property
+    def packed_layers(self) -> list[LayerReport]:
+        """Layers that are quantized by plan."""
+        return [layer for layer in self.layers if layer.packs]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any token is packed."""
+        return any(layer.packed_tokens for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "cache_bytes": self.nbytes,
+            "full_bytes": self.full_bytes,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        """A table with one line per run of layers that are alike, and the sums."""
+        lines = [_line(run) for run in _runs(self.layers)]
+        packed = self.packed_layers
+        tokens = max((layer.tokens for layer in packed), default=0)
+        if packed and not self.quantized:
+            lines.append(f"nothing packed yet: {tokens} tokens, packing starts at {PAGE_TOKENS}")
+        if any(layer.lossy_crops for layer in packed):
+            lines.append("lossy crop: a cut group was decoded back into the residual and is no longer full precision")
+        if self.nbytes:
+            ratio = self.full_bytes / self.nbytes
+            lines.append(
+                f"all layers: {_mib(self.nbytes)} held, {_mib(self.full_bytes)} in full precision, {ratio:.2f}x smaller"
+            )
+        return "\n".join(lines)
+
+
+def _runs(layers: tuple[LayerReport, ...]) -> list[list[LayerReport]]:
+    runs: list[list[LayerReport]] = []
+    for layer in layers:
+        alike = runs and _kind(runs[-1][0]) == _kind(layer)
+        if alike:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
+
+
+def _kind(layer: LayerReport) -> tuple[object, ...]:
+    reads = (bool(layer.reads_packed), bool(layer.reads_dense))
+    return (layer.method, layer.reason, layer.backend, layer.bits_per_value, layer.tokens, reads)
+
+
+def _line(run: list[LayerReport]) -> str:
+    first, last = run[0], run[-1]
+    name = f"layer {first.index}" if len(run) == 1 else f"layers {first.index}-{last.index}"
+    size = _mib(sum(layer.nbytes for layer in run))
+    if not first.packs:
+        return f"{name}: full precision, {size}" + (f" ({first.reason})" if first.reason else "")
+    bits = "" if first.bits_per_value is None else f" {first.bits_per_value:.2f} bits per value,"
+    dense = ""
+    if first.reads_dense and not first.reads_packed:
+        dense = ", read dequantized: this model uses K and V outside the attention function"
+    elif first.reads_dense:
+        dense = f", {sum(layer.reads_dense for layer in run)} reads dequantized"
+    return f"{name}: {first.method},{bits} {first.tokens} tokens, {size}, backend {first.backend}{dense}"
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,333 @@
+"""The tokens of one layer, in cache space: pins, pages and residual of every sequence.
+
+Sequences of a batch are independent: each has its own pages, counts and flushes, so a batch of N holds the same bytes
+as N batches of 1. A sequence's real tokens (pads are none) are numbered from 0; that number is the *position*.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from occamkv import kernels
+from occamkv.cache.pool import PagePool
+from occamkv.formats import PAGE_TOKENS
+from occamkv.formats.records import Records, decode_pages, from_groups, pages_of, to_groups
+from occamkv.kernels import Backend, FullTokens, PackedTokens
+from occamkv.methods import Method
+
+_ENCODE_VALUES = 2**20  # K values encoded at a time, so that the temporaries of a long prompt stay small
+
+
+@dataclass
+class Row:
+    """Counters of one sequence: pinned tokens, tokens in pages, tokens in the residual ring, and its pages."""
+
+    pinned: int = 0
+    packed: int = 0
+    residual: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens held."""
+        return self.pinned + self.packed + self.residual
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """What decides where the next token goes."""
+        return self.pinned, self.packed, self.residual
+
+
+@dataclass(frozen=True)
+class _Change:
+    """An append that was worked out but not yet written: nothing of it can fail any more."""
+
+    rows: range
+    pin_k: Tensor
+    pin_v: Tensor
+    records: list[Records]
+    packed: int
+    rest_k: Tensor
+    rest_v: Tensor
+    rest_replaces: bool
+
+
+class Store:
+    """Pins, pages and residual of B sequences of one layer.
+
+    Args:
+        method: How tokens are packed; not `full`.
+        backend: Name of the backend that encodes and reads records.
+        shape: `(B, H, D)`.
+        dtype: Dtype of residual and pins, the model's.
+        device: Where all tensors live.
+        min_tokens: Nothing of a sequence is packed before it holds this many tokens.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        backend: str,
+        *,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        min_tokens: int = 0,
+    ) -> None:
+        batch, heads, head_dim = shape
+        self.method, self.backend_name, self.min_tokens = method, backend, min_tokens
+        self.format = method.packed_format
+        self.rows = [Row() for _ in range(batch)]
+        self.pool = PagePool(format=self.format, kv_heads=heads, head_dim=head_dim, device=device)
+        self.residual_k = torch.zeros(batch, heads, PAGE_TOKENS, head_dim, dtype=dtype, device=device)
+        self.residual_v = torch.zeros_like(self.residual_k)
+        self.pin_k = torch.zeros(batch, heads, method.pinned_tokens, head_dim, dtype=dtype, device=device)
+        self.pin_v = torch.zeros_like(self.pin_k)
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that encodes and reads records."""
+        return kernels.backend(self.backend_name)
+
+    # -- size ----------------------------------------------------------------------------------------------------
+
+    def nbytes(self) -> dict[str, int]:
+        """Return the bytes held: `packed`, `residual`, `pins`."""
+        return {
+            "packed": self.pool.nbytes,
+            "residual": self.residual_k.nbytes + self.residual_v.nbytes,
+            "pins": self.pin_k.nbytes + self.pin_v.nbytes,
+        }
+
+    # -- appending -----------------------------------------------------------------------------------------------
+
+    def append(self, k: Tensor, v: Tensor, *, kept: Tensor | None = None) -> None:
+        """Add tokens and pack what is due.
+
+        Args:
+            k: `[B, H, T, D]` in cache space and in the residual's dtype.
+            v: The same shape.
+            kept: bool `[B, T]`, False for pads, which are dropped; None when there are none.
+
+        Raises:
+            UnsupportedInput: A token cannot be packed. Nothing was changed.
+        """
+        changes = [
+            self._prepare(
+                rows, *(x[rows.start : rows.stop] if at is None else x[rows.start][None, :, at] for x in (k, v))
+            )
+            for rows, at in self._cuts(kept)
+        ]
+        for change in changes:
+            self._apply(change)
+
+    def _cuts(self, kept: Tensor | None) -> Iterator[tuple[range, Tensor | None]]:
+        """Yield rows that can be handled together, and which of the new tokens are theirs (None: all)."""
+        alike = len({row.counts for row in self.rows}) == 1
+        if kept is None and alike:
+            yield range(len(self.rows)), None
+            return
+        for index in range(len(self.rows)):
+            yield range(index, index + 1), None if kept is None else kept[index].nonzero()[:, 0]
+
+    def _prepare(self, rows: range, k: Tensor, v: Tensor) -> _Change:
+        row = self.rows[rows.start]
+        pins = min(self.pin_k.shape[2] - row.pinned, k.shape[2])
+        pin_k, k = k[:, :, :pins], k[:, :, pins:]
+        pin_v, v = v[:, :, :pins], v[:, :, pins:]
+        due = self._due(row, row.residual + k.shape[2])
+        enlarges = not due and row.residual + k.shape[2] > self.residual_k.shape[2]
+        records: list[Records] = []
+        if due or enlarges:
+            old_k, old_v = self._ring(rows)
+            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+            records = list(self._encode(k[:, :, :due], v[:, :, :due]))
+            k, v = k[:, :, due:], v[:, :, due:]
+        return _Change(rows, pin_k, pin_v, records, due, k, v, bool(due or enlarges))
+
+    def _due(self, row: Row, waiting: int) -> int:
+        """Return how many of the `waiting` oldest unpacked tokens must be packed now."""
+        if waiting < PAGE_TOKENS or (not row.packed and row.pinned + waiting < self.min_tokens):
+            return 0
+        step = PAGE_TOKENS if self.method.flush == "block" else self.format.record_tokens
+        return ((waiting - PAGE_TOKENS) // step + 1) * step
+
+    def _encode(self, k: Tensor, v: Tensor) -> Iterator[Records]:
+        tokens = self.format.record_tokens
+        at_once = max(tokens, _ENCODE_VALUES // (k.shape[0] * k.shape[1] * k.shape[3]) // tokens * tokens)
+        for first in range(0, k.shape[2], at_once):
+            part = slice(first, min(first + at_once, k.shape[2]))
+            yield self.backend.encode(
+                to_groups(k[:, :, part], tokens),
+                to_groups(v[:, :, part], tokens),
+                format=self.format,
+                grid=self.method.grid,
+                clip=self.method.clip,
+            )
+
+    def _apply(self, change: _Change) -> None:
+        rows, row = change.rows, self.rows[change.rows.start]
+        span = slice(rows.start, rows.stop)
+        pins = slice(row.pinned, row.pinned + change.pin_k.shape[2])
+        self.pin_k[span, :, pins], self.pin_v[span, :, pins] = change.pin_k, change.pin_v
+        done = row.packed
+        for records in change.records:
+            done = self._write(records, rows, done)
+        first = done if change.rest_replaces else row.packed + row.residual
+        residual = change.rest_k.shape[2] + (0 if change.rest_replaces else row.residual)
+        if change.rest_replaces:
+            self._resize(rows, residual)
+        slots = torch.arange(first, first + change.rest_k.shape[2], device=self.residual_k.device)
+        slots %= self.residual_k.shape[2]
+        self.residual_k[span, :, slots], self.residual_v[span, :, slots] = change.rest_k, change.rest_v
+        for index in rows:
+            self.rows[index].pinned = pins.stop
+            self.rows[index].packed, self.rows[index].residual = done, residual
+
+    def _write(self, records: Records, rows: range, done: int) -> int:
+        """Put records of these rows behind their `done` packed tokens; return the new count."""
+        tokens, per_page = self.format.record_tokens, self.format.page_records
+        groups = records.data.shape[0] // len(rows)
+        pages, slots = [], []
+        for index in rows:
+            own = self.rows[index].pages
+            if done % PAGE_TOKENS and self.pool.shared(own[-1]):
+                own[-1] = self.pool.duplicate(own[-1])
+        wanted = pages_of(done + groups * tokens)
+        fresh = self.pool.allocate(sum(wanted - len(self.rows[index].pages) for index in rows))
+        for index in rows:
+            own = self.rows[index].pages
+            missing = wanted - len(own)
+            own += fresh[:missing]
+            fresh = fresh[missing:]
+            for group in range(done // tokens, done // tokens + groups):
+                pages.append(own[group // per_page])
+                slots.append(group % per_page)
+        self.pool.write(records, pages=pages, slots=slots)
+        return done + groups * tokens
+
+    # -- the residual ring ---------------------------------------------------------------------------------------
+
+    def _ring(self, rows: range) -> tuple[Tensor, Tensor]:
+        """Copy out the residual of rows with equal counts, oldest token first."""
+        row = self.rows[rows.start]
+        slots = torch.arange(row.packed, row.packed + row.residual, device=self.residual_k.device)
+        slots %= self.residual_k.shape[2]
+        span = slice(rows.start, rows.stop)
+        return self.residual_k[span, :, slots], self.residual_v[span, :, slots]
+
+    def _resize(self, rows: range, residual: int) -> None:
+        """Give the ring as many slots as the fullest sequence needs; always 128 but for `min_tokens`."""
+        others = [row.residual for index, row in enumerate(self.rows) if index not in rows]
+        wanted = PAGE_TOKENS * max(1, *(pages_of(count) for count in (residual, *others)))
+        if wanted == self.residual_k.shape[2]:
+            return
+        old = [self._ring(range(i, i + 1)) if i not in rows else None for i in range(len(self.rows))]
+        shape = (*self.residual_k.shape[:2], wanted, self.residual_k.shape[3])
+        self.residual_k, self.residual_v = self.residual_k.new_zeros(shape), self.residual_v.new_zeros(shape)
+        for index, tokens in enumerate(old):
+            if tokens is not None:
+                row = self.rows[index]
+                slots = torch.arange(row.packed, row.packed + row.residual, device=self.residual_k.device) % wanted
+                self.residual_k[index][:, slots], self.residual_v[index][:, slots] = tokens[0][0], tokens[1][0]
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def packed_tokens(self) -> PackedTokens | None:
+        """Describe the packed tokens to a backend; None when there are none."""
+        if not any(row.packed for row in self.rows):
+            return None
+        longest = max(len(row.pages) for row in self.rows)
+        table = [row.pages + [self.pool.starts[0]] * (longest - len(row.pages)) for row in self.rows]
+        lengths, first, numbers = (
+            torch.tensor(values, dtype=torch.int64, device=self.pool.device)
+            for values in ([row.packed for row in self.rows], [row.pinned for row in self.rows], table)
+        )
+        return PackedTokens(
+            slabs=self.pool.slabs,
+            starts=self.pool.starts,
+            table=numbers,
+            lengths=lengths,
+            first_position=first,
+        )
+
+    def full_tokens(self) -> list[FullTokens]:
+        """Describe pins and residual to a backend."""
+        device = self.pool.device
+        counts = torch.tensor([row.counts for row in self.rows], dtype=torch.int64, device=device)
+        pinned, packed, residual = counts.unbind(1)
+        parts = []
+        if self.pin_k.shape[2] and any(row.pinned for row in self.rows):
+            slot = torch.arange(self.pin_k.shape[2], device=device).expand(len(self.rows), -1)
+            parts.append(FullTokens(self.pin_k, self.pin_v, slot.masked_fill(slot >= pinned[:, None], -1)))
+        if any(row.residual for row in self.rows):
+            slot = torch.arange(self.residual_k.shape[2], device=device)
+            behind = (slot - packed[:, None]) % self.residual_k.shape[2]
+            positions = behind + (packed + pinned)[:, None]
+            parts.append(
+                FullTokens(self.residual_k, self.residual_v, positions.masked_fill(behind >= residual[:, None], -1))
+            )
+        return parts
+
+    def read(self, row: int) -> tuple[Tensor, Tensor]:
+        """Return K and V of one sequence in order of position, dequantized: float32 `[H, n, D]` in cache space."""
+        counts = self.rows[row]
+        k, v = [self.pin_k[row, :, : counts.pinned]], [self.pin_v[row, :, : counts.pinned]]
+        packed = self.packed_tokens()
+        if packed is not None and counts.packed:
+            for parts, pages in zip((k, v), decode_pages(packed.gather(counts.pages)), strict=True):
+                parts.append(from_groups(pages, 1)[0, :, : counts.packed])
+        ring_k, ring_v = self._ring(range(row, row + 1))
+        k.append(ring_k[0])
+        v.append(ring_v[0])
+        return torch.cat([p.to(torch.float32) for p in k], dim=1), torch.cat([p.to(torch.float32) for p in v], dim=1)
+
+    # -- changing the batch and the length -----------------------------------------------------------------------
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make row i what row `rows[i]` was; pages are shared, and one still filling is copied before it is written."""
+        old = self.rows
+        for index in rows:
+            self.pool.share(old[index].pages)
+        for row in old:
+            self.pool.release(row.pages)
+        self.rows = [copy.copy(old[index]) for index in rows]
+        for row in self.rows:
+            row.pages = list(row.pages)
+        chosen = torch.tensor(rows, dtype=torch.int64, device=self.pool.device)
+        self.residual_k, self.residual_v, self.pin_k, self.pin_v = (
+            x.index_select(0, chosen) for x in (self.residual_k, self.residual_v, self.pin_k, self.pin_v)
+        )
+
+    def remove(self, counts: Sequence[int]) -> bool:
+        """Forget the newest `counts[b]` tokens of each sequence.
+
+        Tokens of the residual go without a trace. Below it whole groups are freed, and what is left of a cut group is
+        decoded into the residual, no longer in full precision.
+
+        Returns:
+            True if a group had to be decoded.
+        """
+        lossy = False
+        for index, count in enumerate(counts):
+            row = self.rows[index]
+            if count <= row.residual:
+                row.residual -= count
+                continue
+            keep = max(0, row.tokens - count - row.pinned)
+            row.pinned = min(row.pinned, row.tokens - count)
+            packed = keep // self.format.record_tokens * self.format.record_tokens
+            if keep > packed:
+                k, v = (x[:, row.pinned + packed : row.pinned + keep] for x in self.read(index))
+                slots = torch.arange(packed, keep, device=self.residual_k.device) % self.residual_k.shape[2]
+                self.residual_k[index][:, slots] = k.to(self.residual_k.dtype)
+                self.residual_v[index][:, slots] = v.to(self.residual_v.dtype)
+                lossy = True
+            row.packed, row.residual = packed, keep - packed
+            freed = row.pages[pages_of(packed) :]
+            row.pages = row.pages[: pages_of(packed)]
+            self.pool.release(freed)
+        return lossy

@@ -1,0 +1,111 @@
+"""`occamkv doctor`: what is installed, which backend is taken where, and why the others refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from occamkv import __version__
+from occamkv.cli.app import out, verb, write_json
+from occamkv.cli.models import packaged_models
+from occamkv.methods import METHOD_NAMES, method
+
+_PACKAGES = {
+    "torch": "the library",
+    "transformers": "models (extra hf)",
+    "accelerate": "reading GGUF files (extra hf)",
+    "gguf": "reading GGUF files (extra hf)",
+    "typer": "this command (extra cli)",
+    "rich": "this command (extra cli)",
+    "matplotlib": "plots (extra plots)",
+}
+
+
+@verb("doctor")
+def doctor(
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
+) -> None:
+    """Say what is installed and which backend runs on each device, with the reason of every refusal."""
+    report = examine()
+    if json_file is not None:
+        write_json(report, json_file)
+        return
+    out.print(f"occamkv {report['occamkv']}, Python {report['python']}, {report['machine']}", highlight=False)
+    packages = Table("package", "version", "needed for")
+    for name, entry in report["packages"].items():
+        packages.add_row(name, entry["version"] or "not installed", entry["needed_for"])
+    out.print(packages)
+    devices = Table("device", "method", "backend", "refusals")
+    for row in report["backends"]:
+        devices.add_row(row["device"], row["method"], row["backend"], "; ".join(row["refusals"]) or "none")
+    out.print(devices)
+    models = Table("bundled model", "state", "about")
+    for row in report["models"]:
+        models.add_row(row["name"], "installed" if row["installed"] else f"run: {row['install']}", row["about"])
+    out.print(models)
+
+
+def examine() -> dict[str, Any]:
+    """Return what `doctor` shows as JSON-ready data."""
+    import torch
+
+    from occamkv.kernels import backend_for, refusals
+
+    backends = []
+    for device in _devices():
+        for name in METHOD_NAMES:
+            chosen = method(name)
+            if chosen.format is None:
+                continue
+            reasons = refusals(chosen.format, device)
+            backends.append(
+                {
+                    "device": device,
+                    "method": name,
+                    "backend": backend_for(chosen.format, device).name,
+                    "refusals": [f"{backend}: {reason}" for backend, reason in reasons.items() if reason],
+                }
+            )
+    models = [
+        {
+            "name": name,
+            "installed": importlib.util.find_spec(entry["module"]) is not None,
+            "install": entry["install"],
+            "about": entry["about"],
+        }
+        for name, entry in packaged_models().items()
+    ]
+    return {
+        "schema_version": 1,
+        "occamkv": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch threads {torch.get_num_threads()}",
+        "packages": {name: {"version": _version(name), "needed_for": use} for name, use in _PACKAGES.items()},
+        "backends": backends,
+        "models": models,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    """Return the kinds of device that torch can use here."""
+    import torch
+
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found.append("cuda")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found

@@ -1,0 +1,282 @@
+"""What `occamkv run` does: load, generate with a packed cache, time it, and compare it with the full cache."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import transformers
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers import TextStreamer
+
+from occamkv import __version__
+from occamkv.cache import CacheReport, Plan
+from occamkv.cli import models
+from occamkv.errors import UnsupportedInput
+from occamkv.evals import Fidelity, chunk_ends, compare
+from occamkv.formats import PAGE_TOKENS
+from occamkv.integrations.transformers import PackedCache
+from occamkv.integrations.transformers.plan import text_config
+from occamkv.methods import Method
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for on the command line."""
+
+    model: str
+    text: str
+    chat: bool | None
+    method: Method
+    plan: Plan | None
+    min_tokens: int
+    device: str
+    dtype: str
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    scored_tokens: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened."""
+
+    settings: Settings
+    dtype: str
+    prompt_tokens: int
+    text: str
+    new_tokens: int
+    prefill_s: float
+    decode_s: float
+    rss_growth_bytes: int | None
+    report: CacheReport
+    computed_bytes: int
+    computed_full_bytes: int
+    fidelity: Fidelity | None
+    fidelity_skipped: str | None
+    measured_full_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON-ready data."""
+        packed = self.report.packed_layers
+        tokens = self.prompt_tokens + self.new_tokens - 1
+        bits = [layer.bits_per_value for layer in packed if layer.bits_per_value]
+        held, full = sum(layer.nbytes for layer in packed), sum(layer.full_bytes for layer in packed)
+        width = 8 * getattr(torch, self.dtype).itemsize
+        return {
+            "schema_version": 1,
+            "command": sys.argv[1:],
+            "versions": {
+                "occamkv": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+            "model": self.settings.model,
+            "method": str(self.settings.method) if self.settings.plan is None else "plan",
+            "device": self.settings.device,
+            "dtype": self.dtype,
+            "seed": self.settings.seed,
+            "backend": next((layer.backend for layer in packed if layer.backend), None),
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "text": self.text,
+            "prefill_tokens_per_s": self.prompt_tokens / self.prefill_s,
+            "decode_tokens_per_s": (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 else None,
+            "rss_growth_bytes": self.rss_growth_bytes,
+            "cache": {
+                "tokens": tokens,
+                "bits_per_value": sum(bits) / len(bits) if bits else float(width),
+                "bits_with_residual": width * held / full if full else float(width),
+                "computed_bytes": self.computed_bytes,
+                "computed_full_bytes": self.computed_full_bytes,
+                "measured_bytes": self.report.nbytes,
+                "measured_full_bytes": self.measured_full_bytes,
+                "packed_layers": len(packed),
+                "full_layers": len(self.report.layers) - len(packed),
+                "quantized": self.report.quantized,
+            },
+            "report": self.report.to_json(),
+            "fidelity": None if self.fidelity is None else self.fidelity.to_json(),
+            "fidelity_skipped": self.fidelity_skipped,
+        }
+
+
+class _Clock(TextStreamer):
+    """Streams text and notes when the first and the last token came."""
+
+    def __init__(self, tokenizer: Any, stream: TextIO | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stream, self.times = stream, []
+
+    times: list[float]
+
+    def put(self, value: Tensor) -> None:
+        """Note the time and pass the token on; the first call is the prompt."""
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Print what is complete."""
+        if self.stream is not None:
+            self.stream.write(text + ("\n" if stream_end else ""))
+            self.stream.flush()
+
+
+def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -> Outcome:
+    """Run the whole job.
+
+    Raises:
+        UnsupportedModel: The model cannot be loaded.
+        UnsupportedInput: The prompt is empty or does not fit the model.
+        NothingQuantized: The model has no layer that can be packed.
+    """
+    task = progress.add_task(f"loading {settings.model}", total=1)
+    model, tokenizer = models.load(settings.model, device=settings.device, dtype=settings.dtype)
+    progress.update(task, completed=1)
+    ids = _tokenize(settings, tokenizer).to(model.device)
+    _check_length(model, ids.shape[1] + settings.max_new_tokens)
+    cache = PackedCache(model, settings.method, plan=settings.plan, min_tokens=settings.min_tokens)
+    clock = _Clock(tokenizer, stream)
+    torch.manual_seed(settings.seed)
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
+    )
+    before = _resident_bytes()
+    watch = _watch_prefill(model, progress, ids.shape[1])
+    started = time.perf_counter()
+    sequence = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=settings.max_new_tokens,
+        streamer=clock,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    while watch:
+        watch.pop().remove()
+    grown = None if before is None else (_resident_bytes() or 0) - before
+    report = cache.report()
+    new = sequence[0, ids.shape[1] :]
+    computed, computed_full = _computed(cache, report)
+    fidelity, skipped, measured_full = _fidelity(settings, model, ids, report, progress)
+    return Outcome(
+        settings=settings,
+        dtype=str(model.dtype).removeprefix("torch."),
+        prompt_tokens=ids.shape[1],
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        new_tokens=len(new),
+        prefill_s=clock.times[1] - started,
+        decode_s=clock.times[-1] - clock.times[1],
+        rss_growth_bytes=grown,
+        report=report,
+        computed_bytes=computed,
+        computed_full_bytes=computed_full,
+        fidelity=fidelity,
+        fidelity_skipped=skipped,
+        measured_full_bytes=measured_full,
+    )
+
+
+def _tokenize(settings: Settings, tokenizer: Any) -> Tensor:
+    chat = settings.chat if settings.chat is not None else tokenizer.chat_template is not None
+    if chat and tokenizer.chat_template is None:
+        raise UnsupportedInput("--chat was given, but this tokenizer has no chat template. Use --raw.")
+    if not settings.text.strip():
+        raise UnsupportedInput("the prompt is empty; allowed: at least one token of text.")
+    text = settings.text
+    if chat:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids
+    if ids.shape[1] == 0:
+        raise UnsupportedInput("the prompt has no tokens; allowed: at least one token of text.")
+    return ids
+
+
+def _check_length(model: nn.Module, tokens: int) -> None:
+    longest = getattr(text_config(model.config), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise UnsupportedInput(
+            f"prompt and new tokens are {tokens} together; this model takes {longest}. "
+            "Shorten the prompt or --max-new-tokens."
+        )
+
+
+def _watch_prefill(model: nn.Module, progress: Progress, tokens: int) -> list[Any]:
+    """Move a progress bar with each layer that has read the prompt; it goes away with the first token."""
+    layers = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    task = progress.add_task(f"reading {tokens} tokens (layers)", total=len(layers))
+
+    hooks: list[Any] = []
+
+    def advance(_module: nn.Module, _args: Any, _out: Any) -> None:
+        progress.advance(task)
+        if progress.tasks[task].finished and hooks:
+            progress.stop()
+            while hooks:
+                hooks.pop().remove()
+
+    hooks += [layer.register_forward_hook(advance) for layer in layers]
+    return hooks
+
+
+def _computed(cache: PackedCache, report: CacheReport) -> tuple[int, int]:
+    """Return the bytes that the plan predicts for the packed layers (others as held), and those of a full cache."""
+    total = 0
+    for entry, layer in zip(cache.plan.layers, cache.layers, strict=True):
+        row = report.layers[entry.index]
+        store = getattr(getattr(layer, "cache", None), "store", None)
+        if store is None:
+            total += row.nbytes
+            continue
+        _, heads, _, head_dim = store.residual_k.shape
+        size = store.residual_k.element_size()
+        total += entry.method.nbytes(row.tokens, kv_heads=heads, head_dim=head_dim, dtype_bytes=size)
+    return total, report.full_bytes
+
+
+def _fidelity(
+    settings: Settings, model: nn.Module, ids: Tensor, report: CacheReport, progress: Progress
+) -> tuple[Fidelity | None, str | None, int | None]:
+    """Compare packed and full cache on the tail of the prompt: its head in one call, as `generate` reads it."""
+    length = ids.shape[1]
+    if not settings.scored_tokens:
+        return None, "not asked for (--no-check)", None
+    if not report.packed_layers:
+        return None, "nothing is packed", None
+    if length < 2 * PAGE_TOKENS:
+        return None, f"the prompt has {length} tokens; at least {2 * PAGE_TOKENS} are needed to read packed ones", None
+    start = max(PAGE_TOKENS, length - settings.scored_tokens)
+    task = progress.add_task("comparing with the full cache (tokens)", total=length)
+    progress.start()
+    fidelity, _, full_bytes = compare(
+        model,
+        ids,
+        settings.method,
+        plan=settings.plan,
+        score_from=chunk_ends(settings.method, start=start, end=length)[0],
+        one_shot=start,
+        progress=lambda done: progress.update(task, completed=done),
+    )
+    return fidelity, None, full_bytes
+
+
+def _resident_bytes() -> int | None:
+    """Return the resident memory of this process, or None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,154 @@
+"""Find and load a model: a folder, a GGUF file, a hub id, or one of the models that come as Python packages."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import struct
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from occamkv.errors import UnsupportedInput, UnsupportedModel
+from occamkv.methods.names import nearest
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies: a folder or hub id, and the GGUF file in it if there is one."""
+
+    where: str
+    gguf_file: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def packaged_models() -> dict[str, dict[str, str]]:
+    """Return the models that come as Python packages, by short name."""
+    found: dict[str, dict[str, str]] = json.loads(files("occamkv.cli").joinpath("models.json").read_text("utf-8"))
+    return found
+
+
+def find(name: str) -> Source:
+    """Return where a model lies.
+
+    Raises:
+        UnsupportedModel: The package or file is missing or broken; the message says what to do.
+    """
+    known = packaged_models()
+    if name in known:
+        return _packaged(name, known[name])
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" or path.is_file():
+        _check_gguf(path)
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UnsupportedModel(
+                f"{name!r} is a folder without config.json; allowed: a folder that save_pretrained made."
+            )
+        return Source(str(path))
+    if "/" in name and not name.startswith((".", "/", "~")):
+        return Source(name)
+    raise UnsupportedModel(
+        f"no model {name!r}{nearest(name, known)} Allowed: a folder, a .gguf file, a hub id (owner/name), "
+        f"or one of {', '.join(known)}."
+    )
+
+
+def _packaged(name: str, entry: dict[str, str]) -> Source:
+    spec = importlib.util.find_spec(entry["module"])
+    if spec is None or spec.origin is None:
+        raise UnsupportedModel(f"the package with {name} ({entry['about']}) is not installed. Run: {entry['install']}")
+    if "assemble" in entry:
+        path = Path(getattr(import_module(entry["module"]), entry["assemble"])())
+    else:
+        matches = sorted(Path(spec.origin).parent.glob(entry["file"]))
+        if not matches:
+            raise UnsupportedModel(
+                f"the package with {name} holds no {entry['file']}. Run: {entry['install']} --force-reinstall"
+            )
+        path = matches[0]
+    _check_gguf(path)
+    return Source(str(path.parent), path.name)
+
+
+def _check_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            head = file.read(24)
+    except OSError as error:
+        raise UnsupportedModel(f"cannot read the model file {str(path)!r}: {error.strerror}.") from error
+    if len(head) < 24 or head[:4] != b"GGUF":
+        raise UnsupportedModel(
+            f"{str(path)!r} is no GGUF file (it starts with {head[:4]!r}, not b'GGUF'). Download or install it again."
+        )
+    version, tensors = struct.unpack("<IQ", head[4:16])
+    if version not in (2, 3) or not tensors:
+        raise UnsupportedModel(
+            f"{str(path)!r} is GGUF version {version} with {tensors} tensors; allowed: version 2 or 3."
+        )
+
+
+def load(name: str, *, device: str, dtype: str) -> tuple[Any, Any]:
+    """Load model and tokenizer.
+
+    Args:
+        name: See `find`.
+        device: A torch device.
+        dtype: "auto" (bfloat16), "float32", "bfloat16" or "float16".
+
+    Raises:
+        UnsupportedModel: There is no such model, or transformers cannot read it.
+        UnsupportedInput: Device or dtype do not exist here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    source = find(name)
+    dtypes = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise UnsupportedInput(f"dtype is {dtype!r}; allowed: {', '.join(dtypes)}.")
+    where = _device(device)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # loading draws bars of its own
+            tokenizer = AutoTokenizer.from_pretrained(source.where, **source.options)
+            options = {**source.options, **_gguf_options(source)}
+            model = AutoModelForCausalLM.from_pretrained(source.where, dtype=dtypes[dtype], **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, TypeError) as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedModel(f"transformers cannot load {name!r}: {told[0]}") from error
+    return model.to(where).eval(), tokenizer
+
+
+def _gguf_options(source: Source) -> dict[str, Any]:
+    """Ask for plain weights where this version of transformers could also keep them in GGUF blocks."""
+    import transformers
+
+    if source.gguf_file is None or not hasattr(transformers, "GgufConfig"):
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise UnsupportedInput(
+            f"device {name!r} cannot be used here: {told}. `occamkv doctor` lists what is there."
+        ) from error
+    return device

@@ -1,0 +1,136 @@
+"""`occamkv run`: generate with a real model and show what the packed cache did, and what it cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from occamkv.cli.app import err, out, verb, write_json
+from occamkv.errors import UnsupportedInput
+from occamkv.methods import Method, method
+
+if TYPE_CHECKING:
+    from occamkv.cli.generate import Outcome
+
+_SCORED_TOKENS = 384
+
+
+@verb("run")
+def run(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a .gguf file, a hub id, or a bundled model (`occamkv doctor` lists them).")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="Use the tokenizer's chat template. Default: if it has one.")
+    ] = None,
+    method_name: Annotated[str, typer.Option("--method", help="See `occamkv methods`.")] = "oscar",
+    plan: Annotated[Path | None, typer.Option(help="A plan file instead of one method for all layers.")] = None,
+    min_tokens: Annotated[int, typer.Option(min=0, help="Keep shorter contexts in full precision.")] = 0,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, bfloat16 or float16.")] = "auto",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Measure KL against the full cache.")] = True,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
+) -> None:
+    """Generate text with a packed KV cache; then show its size, speed and what it changed."""
+    from occamkv.cache import Plan
+    from occamkv.cli.generate import Settings, generate
+
+    chosen = method(method_name)
+    text = _prompt(prompt, prompt_file)
+    loaded_plan = None if plan is None else Plan.load(plan)
+    settings = Settings(
+        model=model,
+        text=text,
+        chat=chat,
+        method=chosen,
+        plan=loaded_plan,
+        min_tokens=min_tokens,
+        device=device,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        scored_tokens=_SCORED_TOKENS if check else 0,
+    )
+    quiet = json_file == "-"
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    ) as progress:
+        outcome = generate(settings, progress=progress, stream=None if quiet else sys.stdout)
+    if json_file is not None:
+        write_json(outcome.to_json(), json_file)
+    if not quiet:
+        _show(outcome, chosen)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise UnsupportedInput("give either --prompt TEXT or --prompt-file FILE.")
+    if prompt is not None:
+        return prompt
+    try:
+        return Path(str(prompt_file)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnsupportedInput(f"cannot read the prompt file {str(prompt_file)!r}: {error}.") from error
+
+
+def _show(outcome: Outcome, chosen: Method) -> None:
+    data = outcome.to_json()
+    table = Table(title=f"{data['model']} with {data['method']}", show_header=False)
+    table.add_column()
+    table.add_column()
+    for name, value in _lines(data):
+        table.add_row(name, value)
+    out.print()
+    out.print(table)
+    out.print(str(outcome.report), highlight=False, soft_wrap=True)
+    if chosen.format is None:
+        out.print("method 'full': nothing was quantized, as you asked.")
+
+
+def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
+    cache = data["cache"]
+    lines = [
+        ("tokens", f"{data['prompt_tokens']} prompt + {data['new_tokens']} new"),
+        ("prefill", f"{data['prefill_tokens_per_s']:.0f} tokens/s"),
+        ("decode", f"{data['decode_tokens_per_s']:.1f} tokens/s" if data["decode_tokens_per_s"] else "one token only"),
+        ("bits per value", f"{cache['bits_per_value']:.2f} packed, {cache['bits_with_residual']:.2f} with residual"),
+        ("cache, computed", f"{_mib(cache['computed_bytes'])} (full precision {_mib(cache['computed_full_bytes'])})"),
+        ("cache, measured", f"{_mib(cache['measured_bytes'])} held by its tensors"),
+        (
+            "process memory",
+            f"{_mib(data['rss_growth_bytes'])} more after generating than before, {data['backend']} backend",
+        ),
+        ("layers", f"{cache['packed_layers']} packed, {cache['full_layers']} not (reasons below)"),
+    ]
+    fidelity = data["fidelity"]
+    if fidelity is None:
+        return [*lines, ("fidelity", data["fidelity_skipped"])]
+    return [
+        *lines,
+        (
+            "mean KL",
+            f"{fidelity['kl_mean']:.4f} nats against the full cache, last {fidelity['positions']} prompt tokens",
+        ),
+        ("same top token", f"{100 * fidelity['same_top']:.1f} % of those tokens"),
+        ("full cache, measured", f"{_mib(cache['measured_full_bytes'])} for the prompt"),
+    ]
+
+
+def _mib(nbytes: float | None) -> str:
+    return "not measured" if nbytes is None else f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,91 @@
+"""Pages as tensors: the bytes of many records side by side, with their token norms and super-scales."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from occamkv.formats.format import PAGE_TOKENS, Format
+
+
+@dataclass(frozen=True)
+class Pages:
+    """P pages of one layer.
+
+    Records, norms and super-scales are three arrays, so each stays aligned and nothing is padded.
+
+    Args:
+        format: What the bytes mean.
+        head_dim: D, without padding.
+        records: uint8 `[P, H, R, record_bytes]`, R = `format.page_records`.
+        norms: `[P, 128]` in `format.norm_dtype`, or None without token scale.
+        super_scales: float16 `[P, H, R, 2]` (K, V), or None with 16-bit metadata.
+    """
+
+    format: Format
+    head_dim: int
+    records: Tensor
+    norms: Tensor | None
+    super_scales: Tensor | None
+
+    @staticmethod
+    def empty(pages: int, *, format: Format, kv_heads: int, head_dim: int, device: torch.device | str) -> "Pages":
+        """Allocate zeroed pages, so that the bytes of records not yet written are defined."""
+        per_head = (pages, kv_heads, format.page_records)
+        size = format.sections(head_dim).record_bytes
+        norm_dtype = getattr(torch, format.norm_dtype)
+        return Pages(
+            format=format,
+            head_dim=head_dim,
+            records=torch.zeros(*per_head, size, dtype=torch.uint8, device=device),
+            norms=torch.zeros(pages, PAGE_TOKENS, dtype=norm_dtype, device=device) if format.token_scale else None,
+            super_scales=torch.zeros(*per_head, 2, dtype=torch.float16, device=device)
+            if format.metadata_bits == 8
+            else None,
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of pages P."""
+        return self.records.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of KV heads H."""
+        return self.records.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the bytes."""
+        return tuple(t for t in (self.records, self.norms, self.super_scales) if t is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, norms and super-scales included."""
+        return sum(t.nbytes for t in self.tensors)
+
+    def select(self, index: Tensor) -> "Pages":
+        """Copy out the pages with these numbers, int64 `[N]`."""
+        return Pages(
+            format=self.format,
+            head_dim=self.head_dim,
+            records=self.records.index_select(0, index),
+            norms=None if self.norms is None else self.norms.index_select(0, index),
+            super_scales=None if self.super_scales is None else self.super_scales.index_select(0, index),
+        )
+
+    @staticmethod
+    def concatenate(parts: "list[Pages]") -> "Pages":
+        """Join pages of the same format into one object (copies)."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        norms = [p.norms for p in parts if p.norms is not None]
+        supers = [p.super_scales for p in parts if p.super_scales is not None]
+        return Pages(
+            format=first.format,
+            head_dim=first.head_dim,
+            records=torch.cat([p.records for p in parts]),
+            norms=torch.cat(norms) if norms else None,
+            super_scales=torch.cat(supers) if supers else None,
+        )

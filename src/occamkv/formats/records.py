@@ -1,0 +1,210 @@
+"""Encode groups of tokens into records and read them back, in the canonical layout (docs/format.md).
+
+Everything here is in cache space: rotation belongs to whoever calls.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from occamkv.errors import UnsupportedInput
+from occamkv.formats.format import PAGE_TOKENS, Format, channel_groups, padded
+from occamkv.formats.pages import Pages
+from occamkv.ops import affine, packing
+from occamkv.ops.norms import token_norm
+
+_LARGEST = 65504.0  # of float16
+
+
+class Records(NamedTuple):
+    """Records of N groups of tokens.
+
+    `data`: uint8 `[N, H, record_bytes]`; `norms`: `[N, G]` or None; `super_scales`: float16 `[N, H, 2]` or None.
+    """
+
+    data: Tensor
+    norms: Tensor | None
+    super_scales: Tensor | None
+
+    def select(self, index: Tensor) -> "Records":
+        """Return the records with these numbers, int64 `[n]`."""
+        norms, supers = (None if t is None else t[index] for t in (self.norms, self.super_scales))
+        return Records(self.data[index], norms, supers)
+
+
+class _Side(NamedTuple):
+    """What differs between K and V."""
+
+    bits: int
+    axis: affine.Axis
+    group: int
+
+
+def _sides(format: Format, head_dim: int) -> tuple[_Side, _Side]:
+    k_group = format.k_group if format.k_axis == "channel" else min(format.k_group, head_dim)
+    return (
+        _Side(format.k_bits, format.k_axis, k_group),
+        _Side(format.v_bits, "token", min(format.v_group, head_dim)),
+    )
+
+
+def encode(k: Tensor, v: Tensor, *, format: Format, grid: affine.Grid = "minmax", clip: float = 1.0) -> Records:
+    """Quantize N groups of tokens and pack them.
+
+    Args:
+        k: `[N, H, G, D]` in cache space, float, G = `format.record_tokens`.
+        v: The same shape.
+        format: What to write.
+        grid: How the range of a group is chosen, see `ops.affine.apply_grid`.
+        clip: Share of the range that is kept.
+
+    Raises:
+        UnsupportedInput: A value, scale or norm is not finite or does not fit its stored dtype.
+    """
+    head_dim = k.shape[-1]
+    k, v = k.to(torch.float32), v.to(torch.float32)
+    largest = k.abs().amax(), v.abs().amax()
+    norms = None
+    if format.token_scale:
+        norms = token_norm(k).to(getattr(torch, format.norm_dtype))
+        divisor = norms.to(torch.float32)
+        k = k / torch.where(divisor > 0, divisor, 1.0)[:, None, :, None]
+    parts, supers, finite = [], [], [] if norms is None else [norms.isfinite().all()]
+    for x, side in zip((k, v), _sides(format, head_dim), strict=True):
+        bytes_of_side, super_scale, fits = _encode_side(x, side, format=format, grid=grid, clip=clip)
+        parts += bytes_of_side
+        supers.append(super_scale)
+        finite.append(fits)
+    if not bool(torch.stack(finite).all()):
+        norm = "none" if norms is None else f"{float(norms.to(torch.float32).amax()):.4g}"
+        raise UnsupportedInput(
+            "K or V does not fit its stored numbers: "
+            f"largest |K| {float(largest[0]):.4g}, largest |V| {float(largest[1]):.4g}, token norm {norm}; "
+            f"scale and minimum are at most {_LARGEST:.0f}, the token norm is a {format.norm_dtype}. "
+            "Nothing was packed. Keep this layer in full precision (a plan with method 'full')."
+        )
+    super_scales = torch.stack([s for s in supers if s is not None], dim=-1) if format.metadata_bits == 8 else None
+    return Records(torch.cat(parts, dim=-1), norms, super_scales)
+
+
+def _encode_side(
+    x: Tensor, side: _Side, *, format: Format, grid: affine.Grid, clip: float
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    head_dim = x.shape[-1]
+    low, high = affine.group_range(x, axis=side.axis, group=side.group)
+    low, high = affine.apply_grid(low, high, bits=side.bits, grid=grid, clip=clip)
+    fits = (low.abs() <= _LARGEST).all() & (high - low <= _LARGEST * (2**side.bits - 1)).all()
+    meta = affine.round_metadata(low, high, bits=side.bits, metadata_bits=format.metadata_bits)
+    scale, minimum = (
+        affine.spread(t, axis=side.axis, group=side.group, head_dim=head_dim) for t in (meta.scale, meta.minimum)
+    )
+    codes = affine.quantize(x, scale=scale, minimum=minimum, bits=side.bits)
+    codes = torch.nn.functional.pad(codes, (0, padded(head_dim) - head_dim))
+    stored = [meta.stored_scale, meta.stored_minimum]
+    if side.axis == "channel":
+        stored = [_pad_channels(t, padded(head_dim)) for t in stored]
+    metadata = [t.contiguous().flatten(-2).view(torch.uint8) for t in stored]
+    super_scale = None if meta.super_scale is None else meta.super_scale[..., 0, 0]
+    return [packing.pack(codes.flatten(-2), bits=side.bits), *metadata], super_scale, fits
+
+
+def _pad_channels(stored: Tensor, width: int) -> Tensor:
+    padding = torch.zeros(*stored.shape[:-1], width - stored.shape[-1], dtype=stored.dtype, device=stored.device)
+    return torch.cat((stored, padding), dim=-1)
+
+
+def decode(records: Records, *, format: Format, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Read records back.
+
+    Args:
+        records: As `encode` made them.
+        format: What the bytes mean.
+        head_dim: D.
+
+    Returns:
+        K and V, float32 `[N, H, G, D]` in cache space.
+    """
+    k, v = _decode_sides(records.data, records.super_scales, format=format, head_dim=head_dim)
+    if records.norms is not None:
+        k *= records.norms.to(torch.float32)[:, None, :, None]
+    return k, v
+
+
+def decode_pages(pages: Pages) -> tuple[Tensor, Tensor]:
+    """Read whole pages back: K and V, float32 `[P, H, 128, D]` in cache space. Records never written read as zeros."""
+    k, v = _decode_sides(pages.records, pages.super_scales, format=pages.format, head_dim=pages.head_dim)
+    if pages.norms is not None:
+        k *= pages.norms.to(torch.float32).unflatten(1, (-1, pages.format.record_tokens))[:, None, :, :, None]
+    return k.flatten(2, 3), v.flatten(2, 3)
+
+
+def _decode_sides(data: Tensor, super_scales: Tensor | None, *, format: Format, head_dim: int) -> tuple[Tensor, Tensor]:
+    sections = data.split(format.sections(head_dim).sizes, dim=-1)
+    k_super, v_super = (None, None) if super_scales is None else super_scales.unbind(-1)
+    k_side, v_side = _sides(format, head_dim)
+    tokens = format.record_tokens
+    return (
+        _decode_side(sections[:3], k_side, tokens, head_dim, k_super),
+        _decode_side(sections[3:], v_side, tokens, head_dim, v_super),
+    )
+
+
+def _decode_side(
+    sections: tuple[Tensor, ...], side: _Side, tokens: int, head_dim: int, super_scale: Tensor | None
+) -> Tensor:
+    width = padded(head_dim)
+    codes = packing.unpack(sections[0], bits=side.bits).unflatten(-1, (tokens, width))[..., :head_dim]
+    rows = (1, width) if side.axis == "channel" else (tokens, channel_groups(head_dim, side.group))
+    scale, minimum = stored_metadata(sections[1], sections[2], super_scale)
+    scale, minimum = (
+        affine.spread(t.unflatten(-1, rows), axis=side.axis, group=side.group, head_dim=head_dim)[..., :head_dim]
+        for t in (scale, minimum)
+    )
+    return affine.dequantize(codes, scale=scale, minimum=minimum)
+
+
+def stored_metadata(scale: Tensor, minimum: Tensor, super_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Turn the stored bytes of scale and minimum, uint8 `[..., bytes]`, into float32. `super_scale`: 8-bit metadata."""
+    if super_scale is None:
+        return scale.view(torch.float16).to(torch.float32), minimum.view(torch.float16).to(torch.float32)
+    wide = scale.view(torch.float8_e4m3fn).to(torch.float32) * super_scale.to(torch.float32)[..., None]
+    return wide, minimum.view(torch.int8).to(torch.float32) * (wide / affine.MIN_STEPS)
+
+
+def write(pages: Pages, records: Records, *, page: Tensor, slot: Tensor) -> None:
+    """Put N records at their places in pages.
+
+    Args:
+        pages: Changed in place.
+        records: N records.
+        page: int64 `[N]`, page numbers.
+        slot: int64 `[N]`, place of the record in its page, 0 .. R - 1.
+    """
+    pages.records[page, :, slot] = records.data
+    if pages.norms is not None and records.norms is not None:
+        pages.norms.view(pages.count, -1, pages.format.record_tokens)[page, slot] = records.norms
+    if pages.super_scales is not None and records.super_scales is not None:
+        pages.super_scales[page, :, slot] = records.super_scales
+
+
+def to_groups(x: Tensor, tokens: int) -> Tensor:
+    """Cut `[B, H, T, D]` into groups of `tokens`, `[B * T / tokens, H, tokens, D]`, sequence after sequence."""
+    batch, heads, length, head_dim = x.shape
+    return x.reshape(batch, heads, length // tokens, tokens, head_dim).transpose(1, 2).flatten(0, 1)
+
+
+def places(pages: Pages) -> tuple[Tensor, Tensor]:
+    """Return page number and slot, int64 `[P * R]` each, of every record of `pages` in token order."""
+    index = torch.arange(pages.count * pages.format.page_records, device=pages.records.device)
+    return index // pages.format.page_records, index % pages.format.page_records
+
+
+def from_groups(x: Tensor, batch: int) -> Tensor:
+    """Undo `to_groups`: `[B * n, H, tokens, D]` to `[B, H, n * tokens, D]`."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def pages_of(tokens: int) -> int:
+    """Return how many pages hold `tokens` tokens."""
+    return -(-tokens // PAGE_TOKENS)

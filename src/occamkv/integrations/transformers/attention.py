@@ -1,0 +1,175 @@
+"""Our attention function, under one name in transformers' registries of attention and of mask functions.
+
+Both are needed: an attention name without a mask function gets no mask at all, and a left-padded row then attends to
+its pads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from occamkv.cache import LayerCache
+from occamkv.cache.masks import Seen
+from occamkv.errors import OccamError, UnsupportedInput
+from occamkv.integrations.transformers.fingerprint import fingerprint
+from occamkv.integrations.transformers.layer import PackedLayer
+from occamkv.integrations.transformers.tensor import PackedTensor
+from occamkv.kernels import FullTokens, backend
+
+NAME = "occamkv"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend to packed or plain K and V; the signature is transformers'.
+
+    Args:
+        module: The attention layer.
+        query: `[B, Hq, T, D]`.
+        key: `[B, H, S, D]`, a `PackedTensor` from a packed layer or a plain tensor.
+        value: As `key`.
+        attention_mask: `[B or 1, 1 or Hq, T, S]`, boolean or additive, or None for causal (bottom right).
+        dropout: Only for plain K and V.
+        scaling: Softmax scale.
+        **options: `softcap`, `s_aux` (learned sink logits), `position_bias`, `is_causal`, and what sdpa takes.
+
+    Returns:
+        The output `[B, T, Hq, D]`, and None for the attention weights.
+    """
+    if isinstance(key, PackedTensor) and isinstance(value, PackedTensor):
+        return _attend_packed(module, query, key.layer, attention_mask, scaling, options), None
+    for changed, packed in ((key, value), (value, key)):
+        if isinstance(packed, PackedTensor) and not isinstance(changed, PackedTensor):  # the model changed one of them
+            _note_pads(packed.layer, attention_mask, query.shape[2])
+    key, value = (x.dense() if isinstance(x, PackedTensor) else x for x in (key, value))
+    return _attend_plain(module, query, key, value, attention_mask, dropout, scaling, options), None
+
+
+def _attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    layer: PackedLayer,
+    mask: Tensor | None,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> Tensor:
+    cache = layer.cache
+    if cache is None:
+        raise UnsupportedInput(f"layer {layer.index} is not packed ({layer.reason}).")
+    if module.training:
+        raise UnsupportedInput(
+            "a packed cache is for inference, it has no gradients. Call model.eval(), or pass use_cache=False to train."
+        )
+    before = cache.length - query.shape[2]
+    try:
+        layer.shared.check_model(module.config, fingerprint)
+        if cache.waiting is not None:
+            k, v = cache.waiting
+            seen = None if mask is None else layer.shared.seen(mask, cache, query.shape[2])
+            out = _attend_plain(module, query, k, v, mask, 0.0, scaling, options)
+            cache.note(seen)
+            cache.settle()
+            return out
+        seen = _seen(module, query, layer, cache, mask, options)
+        with torch.no_grad():
+            out = cache.attend(
+                query, seen=seen, scale=scaling, softcap=options.get("softcap"), sinks=options.get("s_aux")
+            )
+        return out.transpose(1, 2).contiguous()
+    except OccamError:
+        cache.forget_step()
+        layer.shared.roll_back(min(before, cache.length))
+        raise
+
+
+def _note_pads(layer: PackedLayer, mask: Tensor | None, new: int) -> None:
+    if layer.cache is not None and mask is not None and mask.shape[-1] == layer.cache.length:
+        layer.cache.note(layer.shared.seen(mask, layer.cache, new))
+
+
+def _seen(
+    module: nn.Module,
+    query: Tensor,
+    layer: PackedLayer,
+    cache: LayerCache,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> Seen | None:
+    """Return what the queries may see, with a position bias added where the model has one."""
+    length, bias = query.shape[2], options.get("position_bias")
+    if mask is None and (bias is not None or (length > 1 and not _causal(module, options))):
+        shape = (1, 1, length, cache.length)
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device)
+        if _causal(module, options):
+            mask = mask.tril(cache.length - length)
+    if mask is None:
+        return None
+    if mask.shape[-1] != cache.length:
+        raise UnsupportedInput(
+            f"the attention mask has {mask.shape[-1]} columns, the cache holds {cache.length} slots. Pass an "
+            "attention_mask as long as past and new tokens together."
+        )
+    if bias is None:
+        return layer.shared.seen(mask, cache, length)
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return layer.shared.seen(bias.float().masked_fill(~allowed, torch.finfo(torch.float32).min), cache, length)
+
+
+def _causal(module: nn.Module, options: dict[str, Any]) -> bool:
+    given = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True)) if given is None else bool(given)
+
+
+def _attend_plain(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attend in full precision, `[B, T, Hq, D]`: sdpa, or the reference for soft cap and sinks, which sdpa lacks."""
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    if softcap is None and sinks is None:
+        rest = {name: value for name, value in options.items() if name not in ("softcap", "s_aux")}
+        out: Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **rest)[
+            0
+        ]
+        return out
+    batch, length, slots = query.shape[0], query.shape[2], key.shape[2]
+    at = torch.arange(slots, device=query.device).expand(batch, -1)
+    if mask is None and not _causal(module, options):
+        mask = torch.ones(1, 1, length, slots, dtype=torch.bool, device=query.device)
+    out = backend("reference").attend(
+        query,
+        q_positions=at[:, slots - length :],
+        packed=None,
+        full=[FullTokens(key, value, at)],
+        scale=scaling,
+        mask=mask,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def register() -> None:
+    """Put our functions into transformers' registries; calling it again changes nothing."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,234 @@
+"""The cache object for `past_key_values=`, and `attach`, which gives every new cache of a model packed layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from occamkv.cache import CacheReport, LayerReport, Plan
+from occamkv.errors import UnsupportedInput
+from occamkv.integrations.transformers import attention
+from occamkv.integrations.transformers.layer import PackedLayer
+from occamkv.integrations.transformers.plan import build_layers, plan_for, text_config
+from occamkv.methods import Method
+
+DEFAULT_METHOD = "oscar"
+
+
+class PackedCache(DynamicCache):
+    """A cache whose full-attention layers are packed: `model.generate(..., past_key_values=PackedCache(model))`.
+
+    Given a model, its attention implementation is set to "occamkv" by transformers' own switch; with any other cache
+    that function computes what sdpa computes. Given only a configuration, load the model with
+    `attn_implementation="occamkv"`, or attention reads the cache dequantized.
+
+    Args:
+        model: A transformers model, or its configuration.
+        method: A method or its name.
+        plan: A plan (object or JSON file) instead of one method for all layers.
+        balance: d of each layer, `{layer: [H, D]}`, for methods with a balanced rotation.
+        min_tokens: Keep a sequence in full precision until it has this many tokens.
+
+    Raises:
+        NothingQuantized: No layer of the model can be packed.
+        UnsupportedFormat: The method does not exist or a value of it is not allowed.
+        CacheMismatch: The plan belongs to another model.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Any,
+        method: Method | str = DEFAULT_METHOD,
+        *,
+        plan: Plan | str | Path | None = None,
+        balance: Mapping[int, Tensor] | None = None,
+        min_tokens: int = 0,
+    ) -> None:
+        attention.register()
+        config = model.config if isinstance(model, nn.Module) else model
+        self.plan = make_plan(config, method, plan)
+        Cache.__init__(self, layers=build_layers(config, self.plan, balance=balance, min_tokens=min_tokens))
+        if isinstance(model, nn.Module) and self.plan.packed_layers:
+            use_attention(model)
+
+    def report(self) -> CacheReport:
+        """Say, layer by layer, what is packed, how, and how many bytes it takes."""
+        return report_of(self, self.plan)
+
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors that hold tokens."""
+        return self.report().nbytes
+
+
+def make_plan(config: Any, method: Method | str, plan: Plan | str | Path | None) -> Plan:
+    """Return `plan`, read from a file if need be, or the plan that `method` makes for all layers."""
+    if plan is None:
+        return plan_for(config, method)
+    return plan if isinstance(plan, Plan) else Plan.load(plan)
+
+
+def report_of(cache: Cache, plan: Plan) -> CacheReport:
+    """Report on any transformers cache with packed layers."""
+    rows = []
+    for entry, layer in zip(plan.layers, cache.layers, strict=True):
+        if isinstance(layer, PackedLayer):
+            rows.append(layer.report())
+            continue
+        held = sum(t.nbytes for t in _tensors(layer))
+        tokens = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) and layer.is_initialized else 0
+        rows.append(LayerReport(entry.index, "full", entry.reason, tokens=tokens, residual_bytes=held, full_bytes=held))
+    return CacheReport(tuple(rows))
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    found = []
+    for value in vars(layer).values():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        found += [part for part in parts if isinstance(part, Tensor) and part.dim() > 1]
+    return found
+
+
+def decoders(model: nn.Module) -> list[PreTrainedModel]:
+    """Return the parts of a model that use the text decoder's configuration, outermost first."""
+    text = text_config(model.config)
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
+
+
+def use_attention(model: nn.Module, name: str = attention.NAME) -> str | None:
+    """Set the attention implementation of the text decoder; return the one before, or None if it cannot be set."""
+    parts = decoders(model)
+    if not parts or not all(part._can_set_attn_implementation() for part in parts):
+        return None
+    before: str = parts[0].config._attn_implementation
+    if before != name:
+        parts[0].set_attn_implementation(name)
+    return before
+
+
+class Attachment:
+    """What `attach` returns: `remove()` or the end of a `with` block undoes it; `report()` is of the newest cache."""
+
+    def __init__(self, model: nn.Module, plan: Plan, *, balance: Mapping[int, Tensor] | None, min_tokens: int) -> None:
+        self.plan = plan
+        self._model, self._balance, self._min_tokens = model, balance, min_tokens
+        self._newest: Cache | None = None
+        self._last_report: CacheReport | None = None
+        self._before = use_attention(model)
+        self._hooks = [
+            part.register_forward_pre_hook(self._give_cache, with_kwargs=True)
+            for part in {id(p): p for p in (model, *decoders(model))}.values()
+        ]
+
+    def __enter__(self) -> Attachment:
+        """Return the handle itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Undo `attach`."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Undo `attach`: new caches are transformers' own again. Caches made meanwhile stay packed."""
+        if not self._hooks:
+            return
+        self._last_report = self.report()
+        self._newest = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._before is not None:
+            use_attention(self._model, self._before)
+
+    def report(self) -> CacheReport | None:
+        """Report on the newest packed cache, which is held until the next one or `remove`; None if there was none."""
+        if self._newest is None:
+            return self._last_report
+        return report_of(self._newest, self.plan)
+
+    def _give_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        cache = getattr(cache, "self_attention_cache", cache)
+        if isinstance(cache, Cache):
+            self._convert(cache)
+            return None
+        if cache is not None or not _would_make_cache(module, args, kwargs):
+            return None
+        fresh = DynamicCache(config=text_config(self._model.config))
+        self._convert(fresh)
+        return args, {**kwargs, "past_key_values": fresh}
+
+    def _convert(self, cache: Cache) -> None:
+        """Swap the layers of a cache that has seen nothing yet."""
+        if type(cache) is not DynamicCache or any(_used(layer) for layer in cache.layers):
+            return
+        config = self._model.config
+        cache.layers = build_layers(config, self.plan, balance=self._balance, min_tokens=self._min_tokens)
+        cache.layer_class_to_replicate = None
+        self._newest = cache
+
+
+def _used(layer: Any) -> bool:
+    if isinstance(layer, PackedLayer):
+        return True
+    if isinstance(layer, CacheLayerMixin):
+        return bool(layer.is_initialized and layer.get_seq_length())
+    state = getattr(layer, "has_previous_state", False)
+    return any(state.values()) if isinstance(state, dict) else bool(state)
+
+
+def _would_make_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether this call would make a cache of its own."""
+    if module.training or "past_key_values" not in inspect.signature(module.forward).parameters:
+        return False
+    names = list(inspect.signature(module.forward).parameters)
+    if len(args) > names.index("past_key_values"):
+        return False
+    wanted = kwargs.get("use_cache")
+    return bool(getattr(module.config, "use_cache", False) if wanted is None else wanted)
+
+
+def attach(
+    model: nn.Module,
+    method: Method | str = DEFAULT_METHOD,
+    *,
+    plan: Plan | str | Path | None = None,
+    balance: Mapping[int, Tensor] | None = None,
+    min_tokens: int = 0,
+) -> Attachment:
+    """Give every new cache of a model packed layers; plain `generate` and pipelines then use them.
+
+    Args:
+        model: A transformers model, or a pipeline that has one.
+        method: A method or its name.
+        plan: A plan (object or JSON file) instead of one method for all layers.
+        balance: d of each layer, `{layer: [H, D]}`, for methods with a balanced rotation.
+        min_tokens: Keep a sequence in full precision until it has this many tokens.
+
+    Returns:
+        A handle with `remove()` and `report()`, also a context manager.
+
+    Raises:
+        NothingQuantized: No layer of the model can be packed.
+        UnsupportedInput: `model` is no transformers model, or already has packed caches.
+    """
+    attention.register()
+    target = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+    if not isinstance(target, nn.Module) or not hasattr(target, "config"):
+        raise UnsupportedInput(f"attach got a {type(model).__name__}; allowed: a transformers model or pipeline.")
+    chosen = make_plan(target.config, method, plan)
+    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in target._forward_pre_hooks.values()):
+        raise UnsupportedInput(
+            "this model is already attached. Call remove() on the first handle, or leave its with block."
+        )
+    return Attachment(target, chosen, balance=balance, min_tokens=min_tokens)

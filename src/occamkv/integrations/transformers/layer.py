@@ -1,0 +1,301 @@
+"""One layer of a transformers cache, packed."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from occamkv.cache import LayerCache, LayerReport
+from occamkv.cache.masks import Seen, read_mask
+from occamkv.errors import CacheMismatch, OccamError, UnsupportedFormat, UnsupportedInput
+from occamkv.formats import check_head_dim
+from occamkv.integrations.transformers.tensor import PackedTensor
+from occamkv.methods import Method
+
+
+class Shared:
+    """What the layers of one cache share: the model they belong to, the mask of this step, and each other.
+
+    Args:
+        fingerprint: Fingerprint of the model's configuration.
+        layers: All layers of the cache, packed or not.
+    """
+
+    def __init__(self, fingerprint: str, layers: Sequence[Any]) -> None:
+        self.fingerprint = fingerprint
+        self.broken = False
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._known_config = 0
+        self._last: tuple[Tensor, int, Seen] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        """Copy what is shared without following the links to other layers; the copied cache links them anew."""
+        clone = Shared(self.fingerprint, ())
+        clone.broken = self.broken
+        memo[id(self)] = clone
+        return clone
+
+    def link(self, layers: Sequence[Any]) -> None:
+        """Set the layers that share this object."""
+        self._layers = [weakref.ref(layer) for layer in layers]
+
+    def check_model(self, config: Any, fingerprint_of: Any) -> None:
+        """Raise `CacheMismatch` if an attention layer of another model reads the cache."""
+        if id(config) == self._known_config or not self.fingerprint:
+            return
+        given = fingerprint_of(config)
+        if given != self.fingerprint:
+            raise CacheMismatch(
+                f"this cache was made for a model with fingerprint {self.fingerprint}, the attention layer belongs to "
+                f"{given}. Make a cache for this model: PackedCache(model, ...)."
+            )
+        self._known_config = id(config)
+
+    def seen(self, mask: Tensor, layer: LayerCache, new: int) -> Seen:
+        """Read a mask once for all layers of a step."""
+        if self._last is not None and self._last[0] is mask and self._last[1] == layer.length:
+            return self._last[2]
+        seen = read_mask(mask, before=layer.slots_before(new), new=new, batch=layer.batch)
+        self._last = (mask, layer.length, seen)
+        return seen
+
+    def roll_back(self, length: int) -> None:
+        """Bring layers that are ahead back to `length` slots, after a layer refused a step."""
+        for reference in self._layers:
+            other = reference()
+            if not isinstance(other, DynamicLayer) or other.get_seq_length() <= length:
+                continue
+            if type(other) in (DynamicLayer, PackedLayer):
+                other.crop(length - other.get_seq_length())
+            else:
+                self.broken = True
+
+
+class PackedLayer(DynamicLayer):
+    """A full-attention layer whose K and V are packed. `update` returns `PackedTensor`s for our attention function.
+
+    Args:
+        index: Number of the layer.
+        method: How tokens are packed.
+        balance: d, `[H, D]`, for a balanced rotation.
+        min_tokens: Nothing is packed below this many tokens.
+        pack_after_attend: See `LayerCache`.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        index: int,
+        method: Method,
+        *,
+        balance: Tensor | None = None,
+        min_tokens: int = 0,
+        pack_after_attend: bool = True,
+    ) -> None:
+        self.index = index
+        self.cache: LayerCache | None = LayerCache(
+            method, balance=balance, min_tokens=min_tokens, pack_after_attend=pack_after_attend
+        )
+        self.method = method
+        self.reason: str | None = None
+        self.shared = Shared("", ())
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        super().__init__()
+
+    # -- what other code may look at -----------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> Tensor | None:
+        """K of all slots, dequantized, `[B, H, S, D]`; None before the first update."""
+        if self.cache is None:
+            return self._keys
+        return self.dense()[0] if self.cache.length else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._set(value, "_keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """V of all slots, dequantized, `[B, H, S, D]`; None before the first update."""
+        if self.cache is None:
+            return self._values
+        return self.dense()[1] if self.cache.length else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._set(value, "_values")
+
+    def _set(self, value: Tensor | None, name: str) -> None:
+        if self.cache is not None and value is not None:
+            raise UnsupportedInput("K and V of a packed layer cannot be replaced; use crop, reorder_cache or reset.")
+        setattr(self, name, value)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Return K and V dequantized, `[B, H, S, D]` in model space."""
+        if self.cache is None:
+            raise UnsupportedInput(f"layer {self.index} is not packed ({self.reason}); read keys and values.")
+        return self.cache.dense()
+
+    # -- the interface of a cache layer --------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device; a layer whose shape no record can hold stays in full precision from here on."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+        if self.cache is None:
+            super().lazy_initialization(key_states, value_states)
+            return
+        reason = _refusal(key_states, value_states)
+        if reason is not None:
+            self.cache, self.reason = None, reason
+            warnings.warn(f"layer {self.index} stays in full precision: {reason}.", stacklevel=2)
+            super().lazy_initialization(key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take K and V of a step, `[B, H, T, D]`; return what attention reads."""
+        if self.shared.broken:
+            raise CacheMismatch(
+                "an earlier error left the layers of this cache at different lengths. reset() it first."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.cache is None:
+            return super().update(key_states, value_states)
+        try:
+            self.cache.update(key_states, value_states)
+        except OccamError:
+            self.shared.roll_back(self.cache.length)
+            raise
+        length = self.cache.length
+        return (
+            PackedTensor(self, is_value=False, like=key_states, length=length),
+            PackedTensor(self, is_value=True, like=value_states, length=length),
+        )
+
+    def get_seq_length(self) -> int:
+        """Return the slots seen so far, pads included."""
+        return super().get_seq_length() if self.cache is None else self.cache.length
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Return length and offset of K for a step of `query_length` tokens (older versions pass positions)."""
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.get_seq_length() + new, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Return -1, under the name of older versions."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.shared.broken = False
+        if self.cache is None:
+            self._keys = self._values = None
+        else:
+            self.cache.reset()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove `-tokens_to_remove` tokens; a positive number is the length to keep, as in older versions."""
+        length = self.get_seq_length()
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        if count == 0 or not self.is_initialized:
+            return
+        if self.cache is None:
+            super().crop(-count)
+        else:
+            self.cache.remove(min(count, length))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make sequence i what sequence `beam_idx[i]` was."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times; full pages are shared, not copied."""
+        batch = self._batch()
+        self._select([row for row in range(batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these sequences."""
+        rows = torch.arange(self._batch())[indices.cpu()]
+        self._select(rows.tolist())
+
+    def _batch(self) -> int:
+        if self.cache is not None:
+            return self.cache.batch
+        return 0 if self._keys is None else self._keys.shape[0]
+
+    def _select(self, rows: list[int]) -> None:
+        if not self.get_seq_length():
+            return
+        if self.cache is not None:
+            self.cache.select(rows)
+        elif self._keys is not None and self._values is not None:
+            self._keys, self._values = self._keys[rows], self._values[rows]
+
+    def activate_past_recording(self) -> None:
+        """Pack nothing that speculative decoding may still take back."""
+        if self.cache is not None:
+            self.cache.records_past = True
+
+    def offload(self) -> None:
+        """Refuse: a packed layer stays on its device."""
+        raise UnsupportedInput("offloading is not supported by packed layers. Use offloading=False.")
+
+    def prefetch(self) -> None:
+        """Refuse, as `offload` does."""
+        self.offload()
+
+    # -- what it did ---------------------------------------------------------------------------------------------
+
+    def report(self) -> LayerReport:
+        """Say what this layer holds."""
+        if self.cache is None:
+            held = 0 if self._keys is None or self._values is None else self._keys.nbytes + self._values.nbytes
+            return LayerReport(
+                self.index, "full", self.reason, tokens=self.get_seq_length(), residual_bytes=held, full_bytes=held
+            )
+        store, held_bytes = self.cache.store, self.cache.nbytes()
+        if store is None:
+            return LayerReport(self.index, str(self.method))
+        batch, heads, _, head_dim = store.residual_k.shape
+        per_slot = 2 * batch * heads * head_dim * store.residual_k.element_size()
+        return LayerReport(
+            index=self.index,
+            method=str(self.method),
+            backend=store.backend.name,
+            bits_per_value=self.method.bits_per_value(kv_heads=heads, head_dim=head_dim),
+            tokens=self.cache.length,
+            packed_tokens=sum(self.cache.packed_tokens()),
+            packed_bytes=held_bytes["packed"],
+            residual_bytes=held_bytes["residual"],
+            pin_bytes=held_bytes["pins"],
+            full_bytes=per_slot * self.cache.length,
+            reads_packed=self.cache.packed_reads,
+            reads_dense=self.cache.dense_reads,
+            lossy_crops=self.cache.lossy_crops,
+        )
+
+
+def _refusal(k: Tensor, v: Tensor) -> str | None:
+    """Return why K and V of these shapes cannot be packed, or None."""
+    if k.shape[-1] != v.shape[-1]:
+        return f"K has head_dim {k.shape[-1]} and V {v.shape[-1]}; records hold one head_dim"
+    try:
+        check_head_dim(k.shape[-1])
+    except UnsupportedFormat as error:
+        return str(error)
+    return None

@@ -1,0 +1,135 @@
+"""Which layers of a transformers model are packed, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from occamkv.cache import LayerPlan, Plan
+from occamkv.errors import CacheMismatch, NothingQuantized, UnsupportedFormat, UnsupportedInput
+from occamkv.formats import check_head_dim
+from occamkv.integrations.transformers.fingerprint import fingerprint
+from occamkv.integrations.transformers.folding import folded_layers
+from occamkv.integrations.transformers.layer import PackedLayer, Shared
+from occamkv.methods import Method, method
+
+_REASONS = {
+    "Sliding": "sliding window: its cache never grows beyond the window",
+    "LinearAttentionAndFull": "attention and a linear state in one layer: left to transformers",
+    "Linear": "linear attention: a fixed-size state, no K and V",
+    "Indexed": "sparse attention with an indexer: left to transformers",
+    "Dummy": "no cache of its own: it reads another layer's, or has no attention",
+}
+
+
+def text_config(config: Any) -> Any:
+    """Return the configuration of the text decoder, which is the part of a multi-modal model that has a cache."""
+    return config.get_text_config(decoder=True)
+
+
+def plan_for(config: Any, chosen: Method | str) -> Plan:
+    """Return the plan that packs every layer with full attention by one method.
+
+    Args:
+        config: A transformers configuration.
+        chosen: A method or its name.
+
+    Raises:
+        NothingQuantized: The model has no layer that can be packed, and `full` was not asked for.
+        UnsupportedFormat: The method does not exist.
+    """
+    wanted = method(chosen) if isinstance(chosen, str) else chosen
+    text = text_config(config)
+    folded = folded_layers(text)
+    layers = []
+    for index, layer in enumerate(_dynamic_layers(text)):
+        reason = _not_packed(layer, text)
+        if reason is None and wanted.format is not None:
+            own = wanted
+            if index in folded and own.v_rotation == "hadamard":
+                own = own.with_overrides(v_rotation="none")
+            layers.append(LayerPlan(index, own))
+        else:
+            layers.append(LayerPlan(index, method("full"), reason or "method 'full' was asked for"))
+    plan = Plan(tuple(layers), text.model_type, fingerprint(text))
+    if not plan.packed_layers and wanted.format is not None:
+        reasons = sorted({layer.reason or "" for layer in plan.layers}) or ["it has no attention layers with a cache"]
+        raise NothingQuantized(
+            f"no layer of this {text.model_type or 'model'} can be packed: {'; '.join(reasons)}. "
+            "Use it without occamkv; a packed cache would change nothing."
+        )
+    return plan
+
+
+def build_layers(
+    config: Any, plan: Plan, *, balance: Mapping[int, Tensor] | None = None, min_tokens: int = 0
+) -> list[Any]:
+    """Return one cache layer per model layer: ours where the plan packs, transformers' own elsewhere.
+
+    Raises:
+        CacheMismatch: The plan was made for another model.
+        UnsupportedInput: A layer needs a balance vector that was not given, or cannot be packed.
+    """
+    text = text_config(config)
+    layers = _dynamic_layers(text)
+    if len(plan.layers) != len(layers) or (plan.fingerprint and plan.fingerprint != fingerprint(text)):
+        raise CacheMismatch(
+            f"the plan has {len(plan.layers)} layers and fingerprint {plan.fingerprint!r}, the model {len(layers)} and "
+            f"{fingerprint(text)!r}. Make a plan for this model."
+        )
+    shares = bool(getattr(text, "num_kv_shared_layers", 0)) or any("Dummy" in type(layer).__name__ for layer in layers)
+    for entry in plan.layers:
+        if not entry.packs:
+            continue
+        reason = _not_packed(layers[entry.index], text)
+        if reason is not None:
+            raise UnsupportedInput(f"the plan packs layer {entry.index}, but it cannot be packed: {reason}.")
+        vector = (balance or {}).get(entry.index)
+        if entry.method.k_rotation == "balanced" and vector is None:
+            raise UnsupportedInput(
+                f"layer {entry.index} has a balanced rotation and no balance vector. "
+                "Pass balance={layer: [H, D] tensor}."
+            )
+        layers[entry.index] = PackedLayer(
+            entry.index, entry.method, balance=vector, min_tokens=min_tokens, pack_after_attend=not shares
+        )
+    shared = Shared(fingerprint(text), layers)
+    for layer in layers:
+        if isinstance(layer, PackedLayer):
+            layer.shared = shared
+    return layers
+
+
+def _dynamic_layers(text: Any) -> list[Any]:
+    layers: list[Any] = DynamicCache(config=text).layers
+    return layers
+
+
+def _not_packed(layer: Any, text: Any) -> str | None:
+    """Return why a layer is left to transformers, or None."""
+    if type(layer) is not DynamicLayer:
+        name = type(layer).__name__
+        window = getattr(layer, "sliding_window", None)
+        for word, reason in _REASONS.items():
+            if word in name:
+                return reason + (f" of {window} tokens" if window else "")
+        return f"a cache layer of its own kind ({name}): left to transformers"
+    parts = [getattr(text, name, 0) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    k_dim = getattr(text, "qk_head_dim", None) or sum(parts)
+    v_dim = getattr(text, "v_head_dim", None)
+    if k_dim and v_dim and k_dim != v_dim:
+        return f"K has head_dim {k_dim} and V {v_dim}; records hold one head_dim"
+    head_dim = v_dim or getattr(text, "head_dim", None)
+    if head_dim is None:
+        width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+        head_dim = width // heads if width and heads else None
+    if head_dim is not None:
+        try:
+            check_head_dim(head_dim)
+        except UnsupportedFormat as error:
+            return str(error)
+    return None

@@ -1,0 +1,114 @@
+"""What every backend is given (where packed and full-precision tokens lie) and what it must offer."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from occamkv.formats import Format
+from occamkv.formats.pages import Pages
+from occamkv.formats.records import Records
+from occamkv.ops.affine import Grid
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """The packed tokens of B sequences of one layer, in cache space.
+
+    Args:
+        slabs: Pages, in slabs as they were allocated.
+        starts: Number of the first page of each slab; page numbers count through all slabs.
+        table: Page numbers, int64 `[B, n]`; entries behind a sequence's last page are the number of
+            any page and do not count.
+        lengths: Packed tokens of each sequence, int64 `[B]`.
+        first_position: Position of the first packed token of each sequence, int64 `[B]` (pins come before it).
+    """
+
+    slabs: Sequence[Pages]
+    starts: Sequence[int]
+    table: Tensor
+    lengths: Tensor
+    first_position: Tensor
+
+    @property
+    def format(self) -> Format:
+        """The format of all slabs."""
+        return self.slabs[0].format
+
+    def gather(self, numbers: Sequence[int]) -> Pages:
+        """Copy pages with these numbers out of their slabs, in this order."""
+        parts: list[Pages] = []
+        runs: list[tuple[int, list[int]]] = []
+        for number in numbers:
+            slab = bisect_right(self.starts, number) - 1
+            if not runs or runs[-1][0] != slab:
+                runs.append((slab, []))
+            runs[-1][1].append(number - self.starts[slab])
+        for slab, local in runs:
+            parts.append(self.slabs[slab].select(torch.tensor(local, device=self.slabs[slab].records.device)))
+        return Pages.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class FullTokens:
+    """Tokens in full precision (residual, pins, or K and V of this step), in cache space.
+
+    Args:
+        k: `[B, H, F, D]`.
+        v: The same shape.
+        positions: int64 `[B, F]`: position of each slot in its sequence, -1 for an empty slot.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+
+class Backend(Protocol):
+    """The kernels for one kind of device."""
+
+    @property
+    def name(self) -> str:
+        """Name in reports."""
+        ...
+
+    def refuses(self, format: Format, device: torch.device) -> str | None:
+        """Return why this backend cannot take `format` on `device`, one sentence, or None."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        *,
+        q_positions: Tensor,
+        packed: PackedTokens | None,
+        full: Sequence[FullTokens],
+        scale: float | None = None,
+        mask: Tensor | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        hadamard_block: int | None = None,
+        balance: Tensor | None = None,
+        rotate_output: bool = False,
+    ) -> Tensor:
+        """Attend; see `occamkv.kernels.reference.attend` for the contract."""
+        ...
+
+    def encode(
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        format: Format,
+        grid: Grid = "minmax",
+        clip: float = 1.0,
+        hadamard_block: int | None = None,
+        balance: Tensor | None = None,
+        rotate_v: bool = False,
+    ) -> Records:
+        """Encode groups; see `occamkv.kernels.reference.encode` for the contract."""
+        ...

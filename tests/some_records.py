@@ -1,0 +1,40 @@
+"""Inputs shared by the tests of records: every format, and keys and values that no torch version changes."""
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from occamkv.formats import Format
+
+
+@st.composite
+def formats(draw) -> Format:
+    """Every format that can be written."""
+    k_axis = draw(st.sampled_from(["channel", "token"]))
+    return Format(
+        k_bits=draw(st.sampled_from([2, 3, 4])),
+        v_bits=draw(st.sampled_from([2, 3, 4])),
+        k_axis=k_axis,
+        k_group=draw(st.sampled_from([32, 64, 128] if k_axis == "channel" else [32, 64, 128, 256])),
+        v_group=draw(st.sampled_from([32, 64, 128, 256])),
+        token_scale=draw(st.booleans()),
+        norm_dtype=draw(st.sampled_from(["float32", "float16"])),
+        metadata_bits=draw(st.sampled_from([16, 8])),
+    )
+
+
+head_dims = st.one_of(st.sampled_from([8, 64, 80, 128, 256]), st.integers(1, 32).map(lambda n: 8 * n))
+
+
+def keys_and_values(
+    format: Format, *, groups: int, heads: int, head_dim: int, seed: int = 0, offset: float = 0.3
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V `[N, H, G, D]` with unequal channels and unequal tokens."""
+    generator = np.random.default_rng(seed)
+    shape = (groups, heads, format.record_tokens, head_dim)
+    pair = []
+    for _ in range(2):
+        x = generator.standard_normal(shape) * np.exp(generator.standard_normal((1, heads, 1, head_dim)))
+        x = x * np.exp(0.5 * generator.standard_normal((groups, 1, format.record_tokens, 1))) + offset
+        pair.append(torch.from_numpy(x.astype(np.float32)))
+    return pair[0], pair[1]
