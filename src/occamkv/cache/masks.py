@@ -25,19 +25,25 @@ def visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def new_tokens_kept(mask: Tensor, new: int, batch: int) -> Tensor | None:
+def read_pads(mask: Tensor, *, before: Tensor | None, new: int, batch: int) -> Tensor | None:
     """Tell pads from real tokens among the newest `new` columns of a mask: a pad is seen by no query of this step.
 
     Args:
         mask: `[B or 1, 1 or Hq, Tq, S]`, boolean or additive.
+        before: As in `read_mask`.
         new: Number of new tokens T.
         batch: B.
 
     Returns:
         bool `[B, T]`, or None when all tokens are real.
+
+    Raises:
+        UnsupportedInput: The batch is padded on the right.
     """
-    seen = visible(mask)[:, :, :, mask.shape[-1] - new :].any(dim=2).any(dim=1).expand(batch, -1)
-    return None if bool(seen.all()) else seen
+    seen = visible(mask[:, :, :, mask.shape[-1] - new :]).any(dim=2).any(dim=1).expand(batch, -1)
+    kept = None if bool(seen.all()) else seen
+    _refuse_right_padding(kept, before, mask.shape[-1] - new)
+    return kept
 
 
 def read_mask(mask: Tensor, *, before: Tensor | None, new: int, batch: int) -> Seen:
@@ -53,8 +59,7 @@ def read_mask(mask: Tensor, *, before: Tensor | None, new: int, batch: int) -> S
         UnsupportedInput: The batch is padded on the right, or a pad has become visible.
     """
     held = mask.shape[-1] - new
-    kept = new_tokens_kept(mask, new, batch)
-    _refuse_right_padding(kept, before, held)
+    kept = read_pads(mask, before=before, new=new, batch=batch)
     if kept is None and before is None:
         return Seen(None, None if _is_causal(mask, held) else mask)
     device = mask.device

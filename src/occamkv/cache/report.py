@@ -90,9 +90,10 @@ class CacheReport:
             lines.append("lossy crop: a cut group was decoded back into the residual and is no longer full precision")
         if self.nbytes:
             ratio = self.full_bytes / self.nbytes
-            lines.append(
-                f"all layers: {_mib(self.nbytes)} held, {_mib(self.full_bytes)} in full precision, {ratio:.2f}x smaller"
-            )
+            change = f"{ratio:.2f}x smaller"
+            if ratio < 1:
+                change = f"{1 / ratio:.2f}x larger: each residual has room for {PAGE_TOKENS} tokens"
+            lines.append(f"all layers: {_mib(self.nbytes)} held, {_mib(self.full_bytes)} in full precision, {change}")
         return "\n".join(lines)
 
 

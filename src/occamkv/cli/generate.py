@@ -125,7 +125,7 @@ class _Clock(TextStreamer):
         self.times.append(time.perf_counter())
         super().put(value)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what is complete."""
         if self.stream is not None:
             self.stream.write(text + ("\n" if stream_end else ""))

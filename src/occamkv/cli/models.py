@@ -97,7 +97,7 @@ def _check_gguf(path: Path) -> None:
         )
 
 
-def load(name: str, *, device: str, dtype: str) -> tuple[Any, Any]:
+def load(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
     """Load model and tokenizer.
 
     Args:

@@ -116,6 +116,7 @@ def compare(
     plan: Plan | None = None,
     score_from: int,
     one_shot: int = 0,
+    tally: Tally | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Fidelity, CacheReport, int]:
     """Read a text through a packed and a full cache and compare the predictions.
@@ -127,6 +128,7 @@ def compare(
         plan: A plan instead of one method for all layers.
         score_from: First position whose prediction counts.
         one_shot: So many tokens go through in one call first, as `generate` sends a prompt; the rest in steps.
+        tally: Collect into this, for figures over several texts.
         progress: Called with the number of tokens read so far.
 
     Returns:
@@ -145,7 +147,7 @@ def compare(
     packed, full = PackedCache(model, wanted, plan=plan), DynamicCache(config=text_config(model.config))
     ends = [one_shot] if 0 < one_shot < length else []
     ends += chunk_ends(wanted, start=one_shot, end=length)
-    tally, start = Tally(), 0
+    tally, start = Tally() if tally is None else tally, 0
     for end in ends:
         first = max(start, score_from)
         last = min(end, length - 1)

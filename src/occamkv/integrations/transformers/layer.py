@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from occamkv.cache import LayerCache, LayerReport
-from occamkv.cache.masks import Seen, read_mask
+from occamkv.cache.masks import Seen, read_mask, read_pads
 from occamkv.errors import CacheMismatch, OccamError, UnsupportedFormat, UnsupportedInput
 from occamkv.formats import check_head_dim
 from occamkv.integrations.transformers.tensor import PackedTensor
@@ -32,7 +32,7 @@ class Shared:
         self.broken = False
         self._layers = [weakref.ref(layer) for layer in layers]
         self._known_config = 0
-        self._last: tuple[Tensor, int, Seen] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, Seen] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """Copy what is shared without following the links to other layers; the copied cache links them anew."""
@@ -59,10 +59,14 @@ class Shared:
 
     def seen(self, mask: Tensor, layer: LayerCache, new: int) -> Seen:
         """Read a mask once for all layers of a step."""
-        if self._last is not None and self._last[0] is mask and self._last[1] == layer.length:
+        if self._last is not None and self._last[0]() is mask and self._last[1] == layer.length:
             return self._last[2]
-        seen = read_mask(mask, before=layer.slots_before(new), new=new, batch=layer.batch)
-        self._last = (mask, layer.length, seen)
+        before, batch = layer.slots_before(new), layer.batch
+        if layer.waiting is not None:  # a first step is attended to by the engine's own mask
+            seen = Seen(read_pads(mask, before=before, new=new, batch=batch), None)
+        else:
+            seen = read_mask(mask, before=before, new=new, batch=batch)
+        self._last = (weakref.ref(mask), layer.length, seen)
         return seen
 
     def roll_back(self, length: int) -> None:
