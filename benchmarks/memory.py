@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--methods", default="full,oscar")
     parser.add_argument("--tokens", type=int, default=8000)
-    parser.add_argument("--chunk", type=int, default=512, help="tokens a call; 0: the whole prompt in one")
+    parser.add_argument("--chunk", type=int, default=0, help="tokens a call; 0: the whole prompt in one")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/memory.json"))

@@ -15,6 +15,7 @@ from occamkv.cache import masks
 from occamkv.cache.store import Store
 from occamkv.errors import CacheMismatch, UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
+from occamkv.formats.records import check_storable
 from occamkv.kernels import Backend, FullTokens, backend_for
 from occamkv.methods import Method
 from occamkv.methods.method import check_kv
@@ -22,11 +23,15 @@ from occamkv.methods.method import check_kv
 
 @dataclass
 class _Waiting:
-    """Tokens of the current step, `[B, H, T, D]` in model space; `kept`: which are real (None: all, or not known)."""
+    """Tokens of the current step, `[B, H, T, D]` in model space; `kept`: which are real (None: all, or not known).
+
+    A short step keeps what `rotated` made of it, because attention and append both need it.
+    """
 
     k: Tensor
     v: Tensor
     kept: Tensor | None = None
+    rotated: tuple[Tensor, Tensor] | None = None
 
 
 class LayerCache:
@@ -83,8 +88,16 @@ class LayerCache:
         """Return the bytes held: `packed`, `residual` (the current step included), `pins`."""
         held = {"packed": 0, "residual": 0, "pins": 0} if self.store is None else self.store.nbytes()
         if self._waiting is not None:
-            held["residual"] += self._waiting.k.nbytes + self._waiting.v.nbytes
+            step = (self._waiting.k, self._waiting.v, *(self._waiting.rotated or ()))
+            held["residual"] += sum(t.nbytes for t in step)
+        if self._kept is not None:
+            held["residual"] += self._kept.nbytes
         return held
+
+    @property
+    def packing_starts(self) -> int:
+        """Number of tokens at which the first group of a sequence is packed."""
+        return max(self.method.pinned_tokens + PAGE_TOKENS, self.min_tokens)
 
     def packed_tokens(self) -> list[int]:
         """Return how many tokens of each sequence are packed."""
@@ -108,6 +121,11 @@ class LayerCache:
             self._check_same(k)
         if k.shape[2] == 0:
             return
+        step = _Waiting(k, v)
+        rotated = self._rotated(step)
+        check_storable(*rotated, format=self.method.packed_format)
+        if k.shape[2] < PAGE_TOKENS:
+            step.rotated = rotated
         self.commit()
         if self.store is None:
             backend = backend_for(self.method.packed_format, k.device).name
@@ -115,7 +133,7 @@ class LayerCache:
             self.store = Store(
                 self.method, backend, shape=shape, dtype=k.dtype, device=k.device, min_tokens=self.min_tokens
             )
-        self._waiting = _Waiting(k, v)
+        self._waiting = step
 
     def _check_same(self, k: Tensor) -> None:
         held = self._store().residual_k
@@ -200,22 +218,28 @@ class LayerCache:
             self.commit()
 
     def commit(self) -> None:
-        """Append the tokens of the last step to the store; pack what is due.
-
-        Raises:
-            UnsupportedInput: A token cannot be packed; the tokens of that step are dropped, all others stay.
-        """
+        """Append the tokens of the last step to the store; pack what is due."""
         if self._waiting is None:
             return
         step, self._waiting = self._waiting, None
         k, v = self._rotated(step)
-        self._store().append(k, v, kept=step.kept)
-        if step.kept is not None or self._kept is not None:
-            batch, tokens, device = step.k.shape[0], step.k.shape[2], step.k.device
-            old = torch.ones(batch, self._held, dtype=torch.bool, device=device) if self._kept is None else self._kept
-            new = torch.ones(batch, tokens, dtype=torch.bool, device=device) if step.kept is None else step.kept
-            self._kept = torch.cat((old, new), dim=1)
+        try:
+            self._store().append(k, v, kept=step.kept)
+        except UnsupportedInput:
+            if not self._held:
+                self.store = None
+            raise
+        if step.kept is not None:  # slots behind the last pad are not noted: they are all real
+            self._kept = torch.cat((self._noted(self._held), step.kept), dim=1)
         self._held += step.k.shape[2]
+
+    def _noted(self, length: int) -> Tensor:
+        """Return which of the first `length` slots hold real tokens, bool `[B, length]`."""
+        noted = 0 if self._kept is None else min(self._kept.shape[1], length)
+        real = torch.ones(self.batch, length, dtype=torch.bool, device=self._store().residual_k.device)
+        if self._kept is not None:
+            real[:, :noted] = self._kept[:, :noted]
+        return real
 
     def forget_step(self) -> None:
         """Drop the tokens of the current step, after an error."""
@@ -223,6 +247,8 @@ class LayerCache:
 
     def _rotated(self, step: _Waiting) -> tuple[Tensor, Tensor]:
         """Return the step's K and V in cache space, in the model's dtype."""
+        if step.rotated is not None:
+            return step.rotated
         k_block, v_block = self.method.hadamard_blocks(step.k.shape[3])
         k = ops.rotate(step.k, hadamard_block=k_block, balance=self.balance)
         return k.to(step.k.dtype), ops.rotate(step.v, hadamard_block=v_block).to(step.v.dtype)
@@ -238,15 +264,9 @@ class LayerCache:
         new = None if self._waiting is None else self._waiting.kept
         if self._kept is None and new is None:
             return None
-        device = self._store().residual_k.device
-        old = self._kept
-        if old is None:
-            old = torch.ones(self.batch, self._held, dtype=torch.bool, device=device)
-        if self._waiting is None:
-            return old
         if new is None:
-            new = torch.ones(self.batch, self._waiting.k.shape[2], dtype=torch.bool, device=device)
-        return torch.cat((old, new), dim=1)
+            return self._noted(self.length)
+        return torch.cat((self._noted(self._held), new), dim=1)
 
     def slots_before(self, new: int) -> Tensor | None:
         """Return `real_slots` without the newest `new` slots."""
@@ -256,7 +276,7 @@ class LayerCache:
     # -- everything in model space -------------------------------------------------------------------------------
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Return all K and V dequantized, `[B, H, S, D]` in model space and in the model's dtype; pads are zeros."""
+        """Return all K and V dequantized, `[B, H, S, D]` in model space and dtype; earlier pads are zeros."""
         self.dense_reads += 1
         if self.waiting is not None:
             return self.waiting
@@ -270,7 +290,7 @@ class LayerCache:
             row_k, row_v = (x[None] for x in store.read(row))
             row_k = ops.rotate_back(row_k, hadamard_block=k_block, balance=self.balance)[0].to(k.dtype)
             row_v = ops.rotate_back(row_v, hadamard_block=v_block)[0].to(k.dtype)
-            at = slice(None) if self._kept is None else self._kept[row].nonzero()[:, 0]
+            at = slice(None) if self._kept is None else self._noted(self._held)[row].nonzero()[:, 0]
             k[row][:, at], v[row][:, at] = row_k, row_v
         if self._waiting is None:
             return k, v
@@ -322,7 +342,7 @@ class LayerCache:
         self._held -= count
         counts = [count] * self.batch
         if self._kept is not None:
-            counts = self._kept[:, self._held :].sum(1).tolist()
+            counts = self._noted(self._held + count)[:, self._held :].sum(1).tolist()
             self._kept = self._kept[:, : self._held]
         self.lossy_crops += self._store().remove(counts)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from occamkv.errors import UnsupportedInput
+from occamkv.errors import OccamError, UnsupportedInput
 from occamkv.methods import Method, method
 from occamkv.methods.names import unnamed_overrides
 
@@ -55,13 +55,15 @@ class Plan:
         return {"schema_version": SCHEMA_VERSION, "model": model, "layers": layers}
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Plan:
+    def from_json(data: Any) -> Plan:
         """Read a plan back.
 
         Raises:
             UnsupportedInput: The data is not a plan of this version.
             UnsupportedFormat: A method in it is not allowed.
         """
+        if not isinstance(data, dict):
+            raise UnsupportedInput(f"a plan is a JSON object, this is a {type(data).__name__}; see docs/plan.md.")
         if data.get("schema_version") != SCHEMA_VERSION:
             raise UnsupportedInput(
                 f"the plan has schema_version {data.get('schema_version')!r}; this version reads {SCHEMA_VERSION}."
@@ -77,8 +79,12 @@ class Plan:
             )
             model = data["model"]
             return Plan(layers, model["model_type"], model["fingerprint"])
-        except (KeyError, TypeError) as error:
+        except OccamError:
+            raise
+        except KeyError as error:
             raise UnsupportedInput(f"the plan lacks {error}; see docs/plan.md for its fields.") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UnsupportedInput(f"a field of the plan has the wrong type ({error}); see docs/plan.md.") from error
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a JSON file."""
@@ -93,5 +99,5 @@ class Plan:
         """
         try:
             return Plan.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UnsupportedInput(f"cannot read the plan {str(path)!r}: {error}.") from error

@@ -15,7 +15,8 @@ class LayerReport:
     """One layer. Bytes are those of its tensors; `full_bytes` is what K and V of its tokens take unpacked.
 
     `tokens` counts slots of a sequence, pads included; `packed_tokens` the packed tokens of all. `reads_packed` and
-    `reads_dense` count attention calls on packed bytes and calls that had to dequantize everything.
+    `reads_dense` count attention calls on packed bytes and calls that had to dequantize everything. `packing_starts` is
+    the number of tokens at which the first group is packed.
     """
 
     index: int
@@ -32,6 +33,7 @@ class LayerReport:
     reads_packed: int = 0
     reads_dense: int = 0
     lossy_crops: int = 0
+    packing_starts: int = PAGE_TOKENS
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +87,8 @@ class CacheReport:
         packed = self.packed_layers
         tokens = max((layer.tokens for layer in packed), default=0)
         if packed and not self.quantized:
-            lines.append(f"nothing packed yet: {tokens} tokens, packing starts at {PAGE_TOKENS}")
+            start = min(layer.packing_starts for layer in packed)
+            lines.append(f"nothing packed yet: {tokens} tokens, packing starts at {start}")
         if any(layer.lossy_crops for layer in packed):
             lines.append("lossy crop: a cut group was decoded back into the residual and is no longer full precision")
         if self.nbytes:

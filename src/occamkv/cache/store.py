@@ -13,6 +13,7 @@ from torch import Tensor
 
 from occamkv import kernels
 from occamkv.cache.pool import PagePool
+from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.records import Records, decode_pages, from_groups, pages_of, to_groups
 from occamkv.kernels import Backend, FullTokens, PackedTokens
@@ -285,6 +286,14 @@ class Store:
         v.append(ring_v[0])
         return torch.cat([p.to(torch.float32) for p in k], dim=1), torch.cat([p.to(torch.float32) for p in v], dim=1)
 
+    def _read_group(self, row: Row, start: int) -> tuple[Tensor, Tensor]:
+        """Return K and V of the page behind packed token `start`, from there on: float32 `[H, n, D]`."""
+        packed = self.packed_tokens()
+        if packed is None:
+            raise UnsupportedInput("no token is packed.")
+        k, v = decode_pages(packed.gather([row.pages[start // PAGE_TOKENS]]))
+        return k[0, :, start % PAGE_TOKENS :], v[0, :, start % PAGE_TOKENS :]
+
     # -- changing the batch and the length -----------------------------------------------------------------------
 
     def select(self, rows: Sequence[int]) -> None:
@@ -321,7 +330,7 @@ class Store:
             row.pinned = min(row.pinned, row.tokens - count)
             packed = keep // self.format.record_tokens * self.format.record_tokens
             if keep > packed:
-                k, v = (x[:, row.pinned + packed : row.pinned + keep] for x in self.read(index))
+                k, v = (x[:, : keep - packed] for x in self._read_group(row, packed))
                 slots = torch.arange(packed, keep, device=self.residual_k.device) % self.residual_k.shape[2]
                 self.residual_k[index][:, slots] = k.to(self.residual_k.dtype)
                 self.residual_v[index][:, slots] = v.to(self.residual_v.dtype)

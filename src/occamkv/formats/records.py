@@ -88,6 +88,32 @@ def encode(k: Tensor, v: Tensor, *, format: Format, grid: affine.Grid = "minmax"
     return Records(torch.cat(parts, dim=-1), norms, super_scales)
 
 
+def check_storable(k: Tensor, v: Tensor, *, format: Format) -> None:
+    """Raise unless tokens can be packed whatever group they will share.
+
+    Args:
+        k: `[B, H, T, D]` in cache space.
+        v: The same shape.
+        format: What they will be packed as.
+
+    Raises:
+        UnsupportedInput: A value or a token norm is not finite or does not fit its stored dtype.
+    """
+    largest = torch.stack((k.abs().amax(), v.abs().amax())).to(torch.float64).tolist()
+    norm = largest[0] * (k.shape[1] * k.shape[3]) ** 0.5  # never less than the largest token norm
+    if format.token_scale and norm > _LARGEST and norm != float("inf"):
+        norm = float(token_norm(k).amax())
+    limits = (largest[0], largest[1]) if not format.token_scale else (largest[1],)
+    most = torch.finfo(getattr(torch, format.norm_dtype)).max if format.token_scale else float("inf")
+    if all(value <= _LARGEST for value in limits) and norm <= most and norm < float("inf"):
+        return
+    raise UnsupportedInput(
+        f"K or V does not fit its stored numbers: largest |K| {largest[0]:.4g}, largest |V| {largest[1]:.4g}, "
+        f"token norm at most {norm:.4g}; {'V' if format.token_scale else 'K and V'} are at most {_LARGEST:.0f}, a norm "
+        f"{most:.4g}. Nothing was stored. Keep this layer in full precision (a plan with method 'full')."
+    )
+
+
 def _encode_side(
     x: Tensor, side: _Side, *, format: Format, grid: affine.Grid, clip: float
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:

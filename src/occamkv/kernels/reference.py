@@ -19,7 +19,7 @@ from occamkv.kernels.contract import FullTokens, PackedTokens
 name = "reference"
 
 _KV_WORKSPACE_BYTES = 4 * 2**20  # K and V of one block as float32; temporaries of decoding take about as much again
-_LOGITS = 2**20  # logits of one block of queries
+_LOGITS = 2**19  # logits of one block of queries
 
 
 def refuses(format: Format, device: torch.device) -> str | None:

@@ -70,10 +70,6 @@ def _attend_packed(
     cache = layer.cache
     if cache is None:
         raise UnsupportedInput(f"layer {layer.index} is not packed ({layer.reason}).")
-    if module.training:
-        raise UnsupportedInput(
-            "a packed cache is for inference, it has no gradients. Call model.eval(), or pass use_cache=False to train."
-        )
     before = cache.length - query.shape[2]
     try:
         layer.shared.check_model(module.config, fingerprint)

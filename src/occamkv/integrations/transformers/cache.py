@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -122,6 +123,7 @@ class Attachment:
         self._model, self._balance, self._min_tokens = model, balance, min_tokens
         self._newest: Cache | None = None
         self._last_report: CacheReport | None = None
+        self._warned = False
         self._before = use_attention(model)
         self._hooks = [
             part.register_forward_pre_hook(self._give_cache, with_kwargs=True)
@@ -170,7 +172,17 @@ class Attachment:
 
     def _convert(self, cache: Cache) -> None:
         """Swap the layers of a cache that has seen nothing yet."""
+        if any(isinstance(layer, PackedLayer) for layer in cache.layers):
+            return
         if type(cache) is not DynamicCache or any(_used(layer) for layer in cache.layers):
+            if not self._warned:
+                kind = type(cache).__name__
+                warnings.warn(
+                    f"this call brought a {kind} that cannot be packed (only a DynamicCache that is still empty can); "
+                    "it stays in full precision. Leave past_key_values and cache_implementation out.",
+                    stacklevel=2,
+                )
+            self._warned = True
             return
         config = self._model.config
         cache.layers = build_layers(config, self.plan, balance=self._balance, min_tokens=self._min_tokens)
@@ -179,8 +191,6 @@ class Attachment:
 
 
 def _used(layer: Any) -> bool:
-    if isinstance(layer, PackedLayer):
-        return True
     if isinstance(layer, CacheLayerMixin):
         return bool(layer.is_initialized and layer.get_seq_length())
     state = getattr(layer, "has_previous_state", False)
@@ -189,7 +199,9 @@ def _used(layer: Any) -> bool:
 
 def _would_make_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Tell whether this call would make a cache of its own."""
-    if module.training or "past_key_values" not in inspect.signature(module.forward).parameters:
+    if module.training or getattr(module.config, "is_encoder_decoder", False):
+        return False
+    if "past_key_values" not in inspect.signature(module.forward).parameters:
         return False
     names = list(inspect.signature(module.forward).parameters)
     if len(args) > names.index("past_key_values"):

@@ -167,6 +167,10 @@ class PackedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take K and V of a step, `[B, H, T, D]`; return what attention reads."""
+        if key_states.requires_grad:
+            raise UnsupportedInput(
+                "a packed cache has no gradients. Call the model under torch.no_grad(), or pass use_cache=False."
+            )
         if self.shared.broken:
             raise CacheMismatch(
                 "an earlier error left the layers of this cache at different lengths. reset() it first."
@@ -274,7 +278,7 @@ class PackedLayer(DynamicLayer):
             )
         store, held_bytes = self.cache.store, self.cache.nbytes()
         if store is None:
-            return LayerReport(self.index, str(self.method))
+            return LayerReport(self.index, str(self.method), packing_starts=self.cache.packing_starts)
         batch, heads, _, head_dim = store.residual_k.shape
         per_slot = 2 * batch * heads * head_dim * store.residual_k.element_size()
         return LayerReport(
@@ -291,6 +295,7 @@ class PackedLayer(DynamicLayer):
             reads_packed=self.cache.packed_reads,
             reads_dense=self.cache.dense_reads,
             lossy_crops=self.cache.lossy_crops,
+            packing_starts=self.cache.packing_starts,
         )
 
 

@@ -1,0 +1,197 @@
+"""A made-up cache for one call of `attend`: ragged pages, residual rings, pins, new tokens, and their truth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import slow_decoder
+from attention_truth import assert_close, attention, hadamard_matrix, relative_error, torch_attention
+from occamkv import kernels
+from occamkv.formats.records import Records, encode, to_groups
+from occamkv.kernels import FullTokens, PackedTokens
+from occamkv.methods import Method, method
+from scattered_pages import scatter
+
+METHODS = {
+    "oscar": method("oscar"),
+    "kivi": method("kivi"),
+    "quarot": method("quarot"),
+    "rtn": method("rtn"),
+    "kivi-k3v4-with-8-bit-metadata": method("kivi_k3v4_m8"),
+    "oscar-k4v3-balanced-with-float16-norms": method("oscar_k4v3_g64", k_rotation="balanced", norm_dtype="float16"),
+}
+
+
+def backend_or_skip(name: str, form: Method) -> kernels.Backend:
+    """A backend, or a skip that gives its own reason."""
+    reason = kernels.backend(name).refuses(form.packed_format, torch.device("cpu"))
+    return pytest.skip(reason) if reason else kernels.backend(name)
+
+
+class Held(NamedTuple):
+    """One sequence: pinned tokens, packed groups, tokens of the residual; and left pads among the queries."""
+
+    pins: int
+    groups: int
+    residual: int
+    pads: int = 0
+
+
+RAGGED = (Held(2, 5, 20), Held(2, 0, 3), Held(1, 3, 127))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of `attend`, and the same tokens in model space and float64."""
+
+    q: Tensor
+    q_positions: Tensor
+    packed: PackedTokens | None
+    full: Sequence[FullTokens]
+    crossing: dict[str, Any]
+    k: Tensor  # [B, H, N, D]
+    v: Tensor
+    positions: Tensor  # [B, N], -1 for an empty slot
+
+    def attend(self, backend: Any, **options: Any) -> Tensor:
+        """What a backend says."""
+        given = {"q_positions": self.q_positions, "packed": self.packed, "full": self.full}
+        return backend.attend(self.q, **given, **self.crossing, **options)
+
+    def check(self, backend: Any, **options: Any) -> Tensor:
+        """Compare what a backend says with the truth; return the truth, `[B, Hq, Tq, D]`."""
+        out = self.attend(backend, **options)
+        assert out.dtype == self.q.dtype
+        where = {"q_positions": self.q_positions, "positions": self.positions, **options}
+        truth = attention(self.q.double(), self.k, self.v, **where)
+        short = torch_attention(self.q, self.k.to(self.q.dtype), self.v.to(self.q.dtype), **where)
+        assert_close(out, truth, torch_error=relative_error(short, truth))
+        blind = (truth == 0).all(-1)
+        assert (out[blind] == 0).all(), "a query that sees nothing must give zeros"
+        return truth
+
+    @property
+    def mask_positions(self) -> int:
+        """A number above every position."""
+        return int(max(self.positions.max(), self.q_positions.max())) + 1
+
+    def with_packed(self, **changes: Any) -> "Case":
+        """The same truth about packed tokens that were tampered with."""
+        return replace(self, packed=replace(self.packed, **changes))
+
+
+class Space(NamedTuple):
+    """Model space and cache space by explicit matrices, float64."""
+
+    k_matrix: Tensor
+    v_matrix: Tensor
+    d: Tensor  # [H, 1, D]
+
+    def to_cache(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """`[..., H, T, D]` from model space."""
+        return (k.double() * self.d) @ self.k_matrix, v.double() @ self.v_matrix
+
+    def to_model(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """`[..., H, T, D]` from cache space."""
+        return k.double() @ self.k_matrix / self.d, v.double() @ self.v_matrix
+
+
+def space_of(form: Method, head_dim: int, balance: Tensor | None) -> Space:
+    """The crossing of a method, built from what its fields say."""
+    largest = max(2**i for i in range(9) if head_dim % 2**i == 0)
+    k_matrix, v_matrix = (
+        hadamard_matrix(head_dim, None if rotation == "none" else largest)
+        for rotation in (form.k_rotation, form.v_rotation)
+    )
+    d = torch.ones(1, 1, head_dim).double() if balance is None else balance.double()[:, None]
+    return Space(k_matrix, v_matrix, d)
+
+
+def some_balance(heads: int, head_dim: int, seed: int = 0) -> Tensor:
+    """A balance vector d, `[H, D]`."""
+    return torch.exp(0.5 * torch.randn(heads, head_dim, generator=torch.Generator().manual_seed(seed)))
+
+
+def some_tokens(*shape: int, generator: torch.Generator) -> Tensor:
+    """K or V `[..., T, D]` in model space with unequal channels and tokens."""
+    channels = torch.exp(0.5 * torch.randn(shape[-1], generator=generator))
+    each = torch.exp(0.3 * torch.randn(*shape[:-1], 1, generator=generator))
+    return torch.randn(*shape, generator=generator) * channels * each + 0.3
+
+
+def make_case(
+    form: Method,
+    *,
+    head_dim: int = 64,
+    heads: int = 2,
+    gqa: int = 1,
+    queries: int = 5,
+    held: Sequence[Held] = RAGGED,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """Make tokens, pack them, and read the packed ones back with the slow reader."""
+    generator = torch.Generator().manual_seed(seed)
+    balance = some_balance(heads, head_dim, seed) if form.k_rotation == "balanced" else None
+    space = space_of(form, head_dim, balance)
+
+    def fresh(count: int) -> tuple[Tensor, Tensor]:
+        k, v = (some_tokens(heads, count, head_dim, generator=generator) for _ in range(2))
+        return space.to_cache(k, v)
+
+    size = form.packed_format.record_tokens
+    rows = [pack(*fresh(h.groups * size), form) if h.groups else None for h in held]
+    packed = scatter(rows, form.packed_format, heads=heads, head_dim=head_dim, seed=seed)
+    packed = replace(packed, first_position=torch.tensor([h.pins for h in held]))
+    pins = place(fresh, [(h.pins, 0, 0) for h in held], slots=max(h.pins for h in held), dtype=dtype)
+    ring = place(fresh, [(h.residual, h.groups * size, h.pins + h.groups * size) for h in held], slots=128, dtype=dtype)
+    ends = [h.pins + h.groups * size + h.residual for h in held]
+    steps = [(queries - h.pads, h.pads, end) for h, end in zip(held, ends, strict=True)]
+    new = place(fresh, steps, slots=queries, dtype=dtype)
+    full = [part for part in (pins, ring, new) if part.k.shape[2]]
+
+    parts = [unpacked(rows, held, form, heads, head_dim), *((f.k.double(), f.v.double(), f.positions) for f in full)]
+    k, v = space.to_model(*(torch.cat([part[i] for part in parts], dim=2) for i in (0, 1)))
+    q = torch.randn(len(held), heads * gqa, queries, head_dim, generator=generator).to(dtype)
+    rotates_k, rotates_v = form.hadamard_blocks(head_dim)
+    crossing = {"hadamard_block": rotates_k, "balance": balance, "rotate_output": rotates_v is not None}
+    positions = torch.cat([part[2] for part in parts], dim=1)
+    return Case(q, new.positions, packed if any(rows) else None, full, crossing, k, v, positions)
+
+
+def pack(k: Tensor, v: Tensor, form: Method) -> Records:
+    """Records of one sequence, `[H, T, D]` in cache space."""
+    groups = (to_groups(x[None].float(), form.packed_format.record_tokens) for x in (k, v))
+    return encode(*groups, format=form.packed_format, grid=form.grid, clip=form.clip)
+
+
+def place(fresh: Any, rows: Sequence[tuple[int, int, int]], *, slots: int, dtype: torch.dtype) -> FullTokens:
+    """Full-precision tokens by rows of (count, first slot of the ring, first position); empty slots hold 1000."""
+    made = [fresh(count) for count, _, _ in rows]
+    k = torch.full((len(rows), made[0][0].shape[0], slots, made[0][0].shape[-1]), 1e3, dtype=dtype)
+    v, positions = k.clone(), torch.full((len(rows), slots), -1)
+    for row, ((count, slot, position), (new_k, new_v)) in enumerate(zip(rows, made, strict=True)):
+        at = (torch.arange(count) + slot) % max(1, slots)
+        k[row][:, at], v[row][:, at] = new_k.to(dtype), new_v.to(dtype)
+        positions[row, at] = torch.arange(count) + position
+    return FullTokens(k, v, positions)
+
+
+def unpacked(rows: Sequence[Records | None], held: Sequence[Held], form: Method, heads: int, head_dim: int) -> Any:
+    """Packed tokens as the slow reader has them: float64 `[B, H, n, D]` in cache space, and positions `[B, n]`."""
+    longest = max(h.groups for h in held) * form.packed_format.record_tokens
+    k = torch.zeros(len(rows), heads, longest, head_dim, dtype=torch.float64)
+    v, positions = k.clone(), torch.full((len(rows), longest), -1)
+    for row, records in enumerate(rows):
+        if records is None:
+            continue
+        read = slow_decoder.decode(records, form.packed_format, head_dim)
+        for target, x in zip((k, v), read, strict=True):
+            flat = torch.from_numpy(x).transpose(0, 1).flatten(1, 2)
+            target[row, :, : flat.shape[1]] = flat
+        positions[row, : flat.shape[1]] = torch.arange(flat.shape[1]) + held[row].pins
+    return k, v, positions
