@@ -19,7 +19,7 @@ from rich.progress import Progress, TaskID
 
 from occamkv.cli.models import load
 from occamkv.evals import Tally, compare
-from occamkv.integrations.transformers.plan import text_config
+from occamkv.integrations.transformers.model import text_config
 
 METHODS = ("full", "oscar", "oscar_roll", "kivi", "quarot", "rtn")
 

@@ -78,13 +78,17 @@ class Plan:
                 for layer in data["layers"]
             )
             model = data["model"]
-            return Plan(layers, model["model_type"], model["fingerprint"])
+            plan = Plan(layers, model["model_type"], model["fingerprint"])
         except OccamError:
             raise
         except KeyError as error:
             raise UnsupportedInput(f"the plan lacks {error}; see docs/plan.md for its fields.") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise UnsupportedInput(f"a field of the plan has the wrong type ({error}); see docs/plan.md.") from error
+        indices = [layer.index for layer in plan.layers]
+        if indices != list(range(len(indices))):
+            raise UnsupportedInput(f"the plan has layers {indices}; allowed: each layer once, in order, from 0 on.")
+        return plan
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a JSON file."""
@@ -98,6 +102,12 @@ class Plan:
             UnsupportedInput: The file is missing or is not a plan.
         """
         try:
-            return Plan.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UnsupportedInput(f"cannot read the plan {str(path)!r}: {error}.") from error
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UnsupportedInput(f"cannot read the plan {str(path)!r}: {error.strerror}.") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UnsupportedInput(f"the plan {str(path)!r} is no JSON ({error}); see docs/plan.md.") from error
+        try:
+            return Plan.from_json(data)
+        except OccamError as error:
+            raise type(error)(f"the plan {str(path)!r} cannot be used: {error}") from error

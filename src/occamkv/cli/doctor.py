@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from occamkv import __version__
-from occamkv.cli.app import out, verb, write_json
 from occamkv.cli.models import packaged_models
+from occamkv.cli.shell import out, verb, write_json
 from occamkv.methods import METHOD_NAMES, method
 
 _PACKAGES = {

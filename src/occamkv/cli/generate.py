@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import sys
@@ -12,18 +13,19 @@ from typing import Any, TextIO
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from occamkv import __version__
 from occamkv.cache import CacheReport, Plan
 from occamkv.cli import models
-from occamkv.errors import UnsupportedInput
-from occamkv.evals import Fidelity, chunk_ends, compare
+from occamkv.errors import NothingQuantized, UnsupportedInput, UnsupportedModel
+from occamkv.evals import Fidelity, compare
 from occamkv.formats import PAGE_TOKENS
 from occamkv.integrations.transformers import PackedCache
-from occamkv.integrations.transformers.plan import text_config
+from occamkv.integrations.transformers.model import text_config
 from occamkv.methods import Method
 
 
@@ -146,6 +148,7 @@ def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -
     ids = _tokenize(settings, tokenizer).to(model.device)
     _check_length(model, ids.shape[1] + settings.max_new_tokens)
     cache = PackedCache(model, settings.method, plan=settings.plan, min_tokens=settings.min_tokens)
+    _check_model(model, ids)
     clock = _Clock(tokenizer, stream)
     torch.manual_seed(settings.seed)
     sampling = (
@@ -196,13 +199,27 @@ def _tokenize(settings: Settings, tokenizer: Any) -> Tensor:
         raise UnsupportedInput("the prompt is empty; allowed: at least one token of text.")
     text = settings.text
     if chat:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UnsupportedInput(f"the chat template of this tokenizer fails: {error}. Use --raw.") from error
     ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids
     if ids.shape[1] == 0:
         raise UnsupportedInput("the prompt has no tokens; allowed: at least one token of text.")
     return ids
+
+
+def _check_model(model: PreTrainedModel, ids: Tensor) -> None:
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise NothingQuantized(f"this {model.config.model_type} has no KV cache. Use it without occamkv.")
+    embeddings: Any = model.get_input_embeddings()
+    known: int = embeddings.weight.shape[0]
+    if int(ids.max()) >= known:
+        raise UnsupportedModel(
+            f"the tokenizer made token {int(ids.max())}, the model knows {known}. Use the model's own tokenizer."
+        )
 
 
 def _check_length(model: nn.Module, tokens: int) -> None:
@@ -243,7 +260,11 @@ def _computed(cache: PackedCache, report: CacheReport) -> tuple[int, int]:
             continue
         _, heads, _, head_dim = store.residual_k.shape
         size = store.residual_k.element_size()
-        total += entry.method.nbytes(row.tokens, kv_heads=heads, head_dim=head_dim, dtype_bytes=size)
+        tokens = row.tokens if row.packed_tokens else 0
+        total += entry.method.nbytes(tokens, kv_heads=heads, head_dim=head_dim, dtype_bytes=size)
+        if not row.packed_tokens:  # below min_tokens the residual grows by whole pages
+            waiting = max(1, row.tokens - entry.method.pinned_tokens)
+            total += (-(-waiting // PAGE_TOKENS) - 1) * PAGE_TOKENS * 2 * heads * head_dim * size
     return total, report.full_bytes
 
 
@@ -256,9 +277,13 @@ def _fidelity(
         return None, "not asked for (--no-check)", None
     if not report.packed_layers:
         return None, "nothing is packed", None
+    if length < settings.min_tokens:
+        return None, f"the prompt has {length} tokens; nothing is packed below --min-tokens {settings.min_tokens}", None
     if length < 2 * PAGE_TOKENS:
         return None, f"the prompt has {length} tokens; at least {2 * PAGE_TOKENS} are needed to read packed ones", None
-    start = max(PAGE_TOKENS, length - settings.scored_tokens)
+    plan = settings.plan
+    pins = max(entry.method.pinned_tokens for entry in plan.layers) if plan else settings.method.pinned_tokens
+    start = max(PAGE_TOKENS + pins, length - 1 - settings.scored_tokens)
     task = progress.add_task("comparing with the full cache (tokens)", total=length)
     progress.start()
     fidelity, _, full_bytes = compare(
@@ -266,7 +291,7 @@ def _fidelity(
         ids,
         settings.method,
         plan=settings.plan,
-        score_from=chunk_ends(settings.method, start=start, end=length)[0],
+        score_from=start,
         one_shot=start,
         progress=lambda done: progress.update(task, completed=done),
     )

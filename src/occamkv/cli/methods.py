@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from occamkv.cli.app import out, verb, write_json
+from occamkv.cli.shell import out, verb, write_json
 from occamkv.methods import METHOD_NAMES, method
 
 

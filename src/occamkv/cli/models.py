@@ -93,7 +93,7 @@ def _check_gguf(path: Path) -> None:
     version, tensors = struct.unpack("<IQ", head[4:16])
     if version not in (2, 3) or not tensors:
         raise UnsupportedModel(
-            f"{str(path)!r} is GGUF version {version} with {tensors} tensors; allowed: version 2 or 3."
+            f"{str(path)!r} is GGUF version {version} with {tensors} tensors; allowed: version 2 or 3, and tensors."
         )
 
 
@@ -124,11 +124,28 @@ def load(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, A
         with contextlib.redirect_stderr(io.StringIO()):  # loading draws bars of its own
             tokenizer = AutoTokenizer.from_pretrained(source.where, **source.options)
             options = {**source.options, **_gguf_options(source)}
-            model = AutoModelForCausalLM.from_pretrained(source.where, dtype=dtypes[dtype], **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, TypeError) as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnsupportedModel(f"transformers cannot load {name!r}: {told[0]}") from error
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.where, dtype=dtypes[dtype], output_loading_info=True, **options
+            )
+    except Exception as error:  # a damaged file can make its reader raise anything
+        raise UnsupportedModel(_not_loaded(name, source, error)) from error
+    model, missing = loaded[0], loaded[1]["missing_keys"]
+    if missing:
+        raise UnsupportedModel(
+            f"{name!r} lacks {len(missing)} weights of this model, such as {min(missing)!r}. Download it again."
+        )
     return model.to(where).eval(), tokenizer
+
+
+def _not_loaded(name: str, source: Source, error: Exception) -> str:
+    """Say why transformers could not load a model, in one line, and what to do."""
+    told = " ".join(str(error).split())[:300] or type(error).__name__
+    if not Path(source.where).exists():
+        return f"transformers cannot load {name!r}: {told} Run: hf download {name}"
+    return (
+        f"transformers cannot load {name!r}: {told.rstrip('.')}. Allowed: a whole causal language model with its "
+        "tokenizer, of an architecture that this version of transformers reads."
+    )
 
 
 def _gguf_options(source: Source) -> dict[str, Any]:
@@ -145,7 +162,7 @@ def _device(name: str) -> Any:
 
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         told = str(error).splitlines()[0]
         raise UnsupportedInput(

@@ -10,14 +10,15 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from occamkv.cli.app import err, out, verb, write_json
+from occamkv.cli.shell import check_writable, err, out, verb, write_json
 from occamkv.errors import UnsupportedInput
-from occamkv.methods import Method, method
+from occamkv.methods import method
 
 if TYPE_CHECKING:
     from occamkv.cli.generate import Outcome
 
 _SCORED_TOKENS = 384
+DEFAULT_METHOD = "oscar"
 
 
 @verb("run")
@@ -31,13 +32,15 @@ def run(
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the tokenizer's chat template. Default: if it has one.")
     ] = None,
-    method_name: Annotated[str, typer.Option("--method", help="See `occamkv methods`.")] = "oscar",
+    method_name: Annotated[
+        str | None, typer.Option("--method", help="See `occamkv methods`. Default: oscar.", show_default=False)
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan file instead of one method for all layers.")] = None,
     min_tokens: Annotated[int, typer.Option(min=0, help="Keep shorter contexts in full precision.")] = 0,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, bfloat16 or float16.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Measure KL against the full cache.")] = True,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
 ) -> None:
@@ -45,7 +48,10 @@ def run(
     from occamkv.cache import Plan
     from occamkv.cli.generate import Settings, generate
 
-    chosen = method(method_name)
+    check_writable(json_file)
+    if method_name is not None and plan is not None:
+        raise UnsupportedInput("give either --method NAME or --plan FILE; a plan names the method of each layer.")
+    chosen = method(method_name or DEFAULT_METHOD)
     text = _prompt(prompt, prompt_file)
     loaded_plan = None if plan is None else Plan.load(plan)
     settings = Settings(
@@ -70,26 +76,32 @@ def run(
         TimeElapsedColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
+        redirect_stdout=False,  # the text goes to stdout as it is
+        redirect_stderr=False,
     ) as progress:
         outcome = generate(settings, progress=progress, stream=None if quiet else sys.stdout)
     if json_file is not None:
         write_json(outcome.to_json(), json_file)
     if not quiet:
-        _show(outcome, chosen)
+        _show(outcome)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise UnsupportedInput("give either --prompt TEXT or --prompt-file FILE.")
-    if prompt is not None:
-        return prompt
     try:
+        if prompt is not None:
+            return prompt.encode("utf-8").decode("utf-8")
         return Path(str(prompt_file)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnsupportedInput(f"cannot read the prompt file {str(prompt_file)!r}: {error}.") from error
+    except OSError as error:
+        raise UnsupportedInput(f"cannot read the prompt file {str(prompt_file)!r}: {error.strerror}.") from error
+    except UnicodeError as error:
+        name = "the prompt" if prompt_file is None else f"the prompt file {str(prompt_file)!r}"
+        raise UnsupportedInput(f"{name} is no text; allowed: UTF-8.") from error
 
 
-def _show(outcome: Outcome, chosen: Method) -> None:
+def _show(outcome: Outcome) -> None:
     data = outcome.to_json()
     table = Table(title=f"{data['model']} with {data['method']}", show_header=False)
     table.add_column()
@@ -99,8 +111,8 @@ def _show(outcome: Outcome, chosen: Method) -> None:
     out.print()
     out.print(table)
     out.print(str(outcome.report), highlight=False, soft_wrap=True)
-    if chosen.format is None:
-        out.print("method 'full': nothing was quantized, as you asked.")
+    if not outcome.report.packed_layers:
+        out.print("nothing was quantized, as you asked: every layer is 'full'.")
 
 
 def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:

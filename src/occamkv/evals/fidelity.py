@@ -19,7 +19,7 @@ from occamkv.cache import CacheReport, Plan
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
 from occamkv.integrations.transformers import PackedCache
-from occamkv.integrations.transformers.plan import text_config
+from occamkv.integrations.transformers.model import text_config
 from occamkv.methods import Method, method
 
 _LOGITS_AT_ONCE = 2**24  # logits turned into probabilities at a time
@@ -124,7 +124,7 @@ def compare(
     Args:
         model: A causal language model in eval mode.
         ids: Tokens `[1, T]`.
-        chosen: A method or its name; with a plan it only decides where steps end.
+        chosen: A method or its name; not used with a plan, whose methods then also decide where steps end.
         plan: A plan instead of one method for all layers.
         score_from: First position whose prediction counts.
         one_shot: So many tokens go through in one call first, as `generate` sends a prompt; the rest in steps.
@@ -146,7 +146,8 @@ def compare(
         )
     packed, full = PackedCache(model, wanted, plan=plan), DynamicCache(config=text_config(model.config))
     ends = [one_shot] if 0 < one_shot < length else []
-    ends += chunk_ends(wanted, start=one_shot, end=length)
+    methods = [wanted] if plan is None else [entry.method for entry in plan.layers if entry.packs] or [wanted]
+    ends += sorted({end for each in methods for end in chunk_ends(each, start=one_shot, end=length)})
     tally, start = Tally() if tally is None else tally, 0
     for end in ends:
         first = max(start, score_from)

@@ -72,7 +72,7 @@ def _attend_packed(
         raise UnsupportedInput(f"layer {layer.index} is not packed ({layer.reason}).")
     before = cache.length - query.shape[2]
     try:
-        layer.shared.check_model(module.config, fingerprint)
+        layer.shared.check_model(getattr(module, "config", None), fingerprint)
         if cache.waiting is not None:
             k, v = cache.waiting
             seen = None if mask is None else layer.shared.seen(mask, cache, query.shape[2])

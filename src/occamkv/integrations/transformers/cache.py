@@ -17,7 +17,8 @@ from occamkv.cache import CacheReport, LayerReport, Plan
 from occamkv.errors import UnsupportedInput
 from occamkv.integrations.transformers import attention
 from occamkv.integrations.transformers.layer import PackedLayer
-from occamkv.integrations.transformers.plan import build_layers, plan_for, text_config
+from occamkv.integrations.transformers.model import decoders, text_config, use_attention
+from occamkv.integrations.transformers.plan import build_layers, plan_for
 from occamkv.methods import Method
 
 DEFAULT_METHOD = "oscar"
@@ -59,7 +60,7 @@ class PackedCache(DynamicCache):
         self.plan = make_plan(config, method, plan)
         Cache.__init__(self, layers=build_layers(config, self.plan, balance=balance, min_tokens=min_tokens))
         if isinstance(model, nn.Module) and self.plan.packed_layers:
-            use_attention(model)
+            use_attention(model, attention.NAME)
 
     def report(self) -> CacheReport:
         """Say, layer by layer, what is packed, how, and how many bytes it takes."""
@@ -98,23 +99,6 @@ def _tensors(layer: Any) -> list[Tensor]:
     return found
 
 
-def decoders(model: nn.Module) -> list[PreTrainedModel]:
-    """Return the parts of a model that use the text decoder's configuration, outermost first."""
-    text = text_config(model.config)
-    return [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
-
-
-def use_attention(model: nn.Module, name: str = attention.NAME) -> str | None:
-    """Set the attention implementation of the text decoder; return the one before, or None if it cannot be set."""
-    parts = decoders(model)
-    if not parts or not all(part._can_set_attn_implementation() for part in parts):
-        return None
-    before: str = parts[0].config._attn_implementation
-    if before != name:
-        parts[0].set_attn_implementation(name)
-    return before
-
-
 class Attachment:
     """What `attach` returns: `remove()` or the end of a `with` block undoes it; `report()` is of the newest cache."""
 
@@ -124,7 +108,7 @@ class Attachment:
         self._newest: Cache | None = None
         self._last_report: CacheReport | None = None
         self._warned = False
-        self._before = use_attention(model)
+        self._before = use_attention(model, attention.NAME)
         self._hooks = [
             part.register_forward_pre_hook(self._give_cache, with_kwargs=True)
             for part in {id(p): p for p in (model, *decoders(model))}.values()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from occamkv.cache.folding import fold_output, fold_value
 from occamkv.errors import UnsupportedModel
 from occamkv.formats import check_head_dim
+from occamkv.integrations.transformers.model import FOLDED_FIELD, decoders, folded_layers, text_config
+from occamkv.integrations.transformers.plan import plan_for
 
-_CONFIG_FIELD = "occamkv_folded_v"
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 _FUSED_NAMES = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj", "in_proj")
 _CHECK_TOKENS = 16
@@ -25,11 +26,6 @@ class FoldReport:
 
     folded: tuple[int, ...]
     refused: dict[int, str]
-
-
-def folded_layers(config: Any) -> frozenset[int]:
-    """Return the layers of a model whose weights hold V's rotation; it is noted in the model's configuration."""
-    return frozenset(getattr(config, _CONFIG_FIELD, ()))
 
 
 def fold(model: nn.Module) -> FoldReport:
@@ -44,9 +40,6 @@ def fold(model: nn.Module) -> FoldReport:
     Raises:
         UnsupportedModel: No layer can be folded, with the reason of each kind, or the model is folded already.
     """
-    from occamkv.integrations.transformers.cache import decoders
-    from occamkv.integrations.transformers.plan import plan_for, text_config
-
     text = text_config(model.config)
     if folded_layers(text):
         raise UnsupportedModel(
@@ -68,7 +61,7 @@ def fold(model: nn.Module) -> FoldReport:
         raise UnsupportedModel(
             f"V's rotation cannot be folded into this model: {'; '.join(told)}. Nothing was changed."
         )
-    setattr(text, _CONFIG_FIELD, sorted(folded))
+    setattr(text, FOLDED_FIELD, sorted(folded))
     return FoldReport(tuple(sorted(folded)), refused)
 
 

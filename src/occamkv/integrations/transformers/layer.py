@@ -47,7 +47,7 @@ class Shared:
 
     def check_model(self, config: Any, fingerprint_of: Any) -> None:
         """Raise `CacheMismatch` if an attention layer of another model reads the cache."""
-        if id(config) == self._known_config or not self.fingerprint:
+        if config is None or id(config) == self._known_config or not self.fingerprint:
             return
         given = fingerprint_of(config)
         if given != self.fingerprint:

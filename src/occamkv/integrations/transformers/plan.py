@@ -13,8 +13,8 @@ from occamkv.cache import LayerPlan, Plan
 from occamkv.errors import CacheMismatch, NothingQuantized, UnsupportedFormat, UnsupportedInput
 from occamkv.formats import check_head_dim
 from occamkv.integrations.transformers.fingerprint import fingerprint
-from occamkv.integrations.transformers.folding import folded_layers
 from occamkv.integrations.transformers.layer import PackedLayer, Shared
+from occamkv.integrations.transformers.model import folded_layers, text_config
 from occamkv.methods import Method, method
 
 _REASONS = {
@@ -24,11 +24,6 @@ _REASONS = {
     "Indexed": "sparse attention with an indexer: left to transformers",
     "Dummy": "no cache of its own: it reads another layer's, or has no attention",
 }
-
-
-def text_config(config: Any) -> Any:
-    """Return the configuration of the text decoder, which is the part of a multi-modal model that has a cache."""
-    return config.get_text_config(decoder=True)
 
 
 def plan_for(config: Any, chosen: Method | str) -> Plan:

@@ -1,0 +1,76 @@
+"""What all verbs share: the application, the two consoles, and how errors become exit codes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from occamkv.errors import NothingQuantized, OccamError
+
+EXIT_BAD_INPUT = 2
+EXIT_NOTHING_QUANTIZED = 3
+
+app = typer.Typer(
+    help="Hold the KV cache of a transformer in about 2 to 3 bits per value.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+
+def verb(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a verb; our errors become one line on stderr and an exit code."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @app.command(name)
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except NothingQuantized as error:
+                fail(str(error), EXIT_NOTHING_QUANTIZED)
+            except OccamError as error:
+                fail(str(error), EXIT_BAD_INPUT)
+            except ModuleNotFoundError as error:
+                fail(f"{error.name} is not installed. Run: pip install 'occamkv[hf,cli]'", EXIT_BAD_INPUT)
+
+        return wrapped
+
+    return register
+
+
+def fail(message: str, code: int) -> None:
+    """Print an error and leave with this exit code."""
+    err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def check_writable(path: str | None) -> None:
+    """Leave with an error unless a report can be written there, before any work is done for it."""
+    if path is None or path == "-":
+        return
+    target = Path(path)
+    writable = os.access(target if target.exists() else target.parent, os.W_OK)
+    if target.is_dir() or not target.parent.is_dir() or not writable:
+        fail(f"cannot write {path!r}; allowed: a file in a folder that exists, or - for stdout.", EXIT_BAD_INPUT)
+
+
+def write_json(data: dict[str, Any], path: str) -> None:
+    """Write a report to a file, or to stdout for `-`."""
+    text = json.dumps(data, indent=1) + "\n"
+    if path == "-":
+        typer.echo(text, nl=False)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        fail(f"cannot write {path!r}: {error.strerror}", EXIT_BAD_INPUT)
