@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_mirror import Mirror, assert_same_contents, contents, records_of
-from occamkv.cache import store as store_module
+from occamkv.cache import layer as layer_module
 from occamkv.cache.pool import PagePool
+from occamkv.kernels import reference
 from occamkv.methods import method
 from storage_meter import StorageMeter
 
@@ -68,9 +69,13 @@ def test_records_of_single_tokens_are_those_of_a_prompt(name, dtype):
 def test_the_encoder_works_through_a_long_prompt_in_parts(monkeypatch):
     k, v = some_kv(2, 700, torch.float32)
     whole = cache_of(FORMS["rolling"], k, v, [])
-    monkeypatch.setattr(store_module, "_ENCODE_VALUES", 2 * 2 * 32 * 100)
+    monkeypatch.setattr(layer_module, "_SLICE_VALUES", 1)
+    groups = []
+    encode = reference.encode
+    monkeypatch.setattr(reference, "encode", lambda k, v, **kw: groups.append(k.shape[0]) or encode(k, v, **kw))
     parts = cache_of(FORMS["rolling"], k, v, [])
-    assert len(parts.store.pool.slabs) > len(whole.store.pool.slabs)
+    assert len(groups) > 3
+    assert len(parts.store.pool.slabs) == len(whole.store.pool.slabs) == 1
     for row in range(2):
         assert_same_contents(contents(whole, row), contents(parts, row))
 

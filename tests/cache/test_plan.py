@@ -117,5 +117,5 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "broken.json").write_text('{"schema_version": 1,')
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     for name in ("missing.json", "broken.json", "bytes.json", ""):
-        with pytest.raises(OccamError, match="cannot read the plan"):
+        with pytest.raises(OccamError, match=r"cannot read the plan|is no JSON"):
             Plan.load(tmp_path / name)

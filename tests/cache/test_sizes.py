@@ -50,6 +50,8 @@ def test_tokens_that_wait_are_counted_with_what_their_rotation_made():
     before = sum(mirror.cache.nbytes().values())
     k, v = mirror.fresh(9)
     mirror.put(k, v)
+    assert sum(mirror.cache.nbytes().values()) == held_bytes(mirror.cache) == before + k.nbytes + v.nbytes
+    mirror.cache.attend(k)
     assert sum(mirror.cache.nbytes().values()) == held_bytes(mirror.cache) == before + 2 * (k.nbytes + v.nbytes)
 
 

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from occamkv import ops
 from occamkv.cache import masks
+from occamkv.cache.heap import give_back
 from occamkv.cache.store import Store
 from occamkv.errors import CacheMismatch, UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
-from occamkv.formats.records import check_storable
+from occamkv.formats.records import LARGEST_TOKEN, check_storable
 from occamkv.kernels import Backend, FullTokens, backend_for
 from occamkv.methods import Method
 from occamkv.methods.method import check_kv
+
+_SLICE_VALUES = 2**18  # K values that are rotated and appended at a time
+_LONG_STEP = 8 * PAGE_TOKENS  # tokens after which freed memory is given back to the system
 
 
 @dataclass
@@ -62,12 +66,15 @@ class LayerCache:
         self._kept: Tensor | None = None
         self._held = 0
 
-    # -- what it holds -------------------------------------------------------------------------------------------
-
     @property
     def length(self) -> int:
         """Slots seen by the engine, pads and the current step included."""
         return self._held + (0 if self._waiting is None else self._waiting.k.shape[2])
+
+    @property
+    def new(self) -> int:
+        """Slots of the current step."""
+        return 0 if self._waiting is None else self._waiting.k.shape[2]
 
     @property
     def batch(self) -> int:
@@ -103,8 +110,6 @@ class LayerCache:
         """Return how many tokens of each sequence are packed."""
         return [] if self.store is None else [row.packed for row in self.store.rows]
 
-    # -- one step ------------------------------------------------------------------------------------------------
-
     def update(self, k: Tensor, v: Tensor) -> None:
         """Take K and V of a step.
 
@@ -122,10 +127,7 @@ class LayerCache:
         if k.shape[2] == 0:
             return
         step = _Waiting(k, v)
-        rotated = self._rotated(step)
-        check_storable(*rotated, format=self.method.packed_format)
-        if k.shape[2] < PAGE_TOKENS:
-            step.rotated = rotated
+        self._check_storable(step)
         self.commit()
         if self.store is None:
             backend = backend_for(self.method.packed_format, k.device).name
@@ -134,6 +136,15 @@ class LayerCache:
                 self.method, backend, shape=shape, dtype=k.dtype, device=k.device, min_tokens=self.min_tokens
             )
         self._waiting = step
+
+    def _check_storable(self, step: _Waiting) -> None:
+        """Refuse tokens that could not be packed; only values near the limit need to be rotated to know."""
+        k_block, v_block = self.method.hadamard_blocks(step.k.shape[3])
+        stretch = 1.0 if self.balance is None else float(self.balance.max())
+        k, v = (max(abs(float(x)) for x in t.aminmax()) for t in (step.k, step.v))
+        longest = k * stretch * (k_block or 1) ** 0.5 * (step.k.shape[1] * step.k.shape[3]) ** 0.5
+        if max(longest, v * (v_block or 1) ** 0.5) > LARGEST_TOKEN:
+            check_storable(*self._rotated(step), format=self.method.packed_format)
 
     def _check_same(self, k: Tensor) -> None:
         held = self._store().residual_k
@@ -207,6 +218,20 @@ class LayerCache:
         if seen is not None and self._waiting is not None:
             self._waiting.kept = seen.kept
 
+    def note_pads(self, real: Tensor) -> None:
+        """Remember which tokens of the current step are real, bool `[B, T]`.
+
+        Raises:
+            UnsupportedInput: The batch is padded on the right; the step is dropped.
+        """
+        kept = None if bool(real.all()) else real
+        try:
+            masks.refuse_right_padding(kept, self.slots_before(self.new), self._held)
+        except UnsupportedInput:
+            self.forget_step()
+            raise
+        self.note(masks.Seen(kept, None))
+
     def settle(self) -> None:
         """Pack what is due now that attention has used it.
 
@@ -222,16 +247,30 @@ class LayerCache:
         if self._waiting is None:
             return
         step, self._waiting = self._waiting, None
-        k, v = self._rotated(step)
+        store = self._store()
+        new = [step.k.shape[2]] * self.batch if step.kept is None else step.kept.sum(1).tolist()
+        store.reserve(new)
         try:
-            self._store().append(k, v, kept=step.kept)
+            for part in self._slices(step):
+                kept = None if step.kept is None else step.kept[:, part]
+                whole = step.rotated is not None
+                k, v = self._rotated(step) if whole else self._rotate(step.k[:, :, part], step.v[:, :, part])
+                store.append(k, v, kept=kept)
         except UnsupportedInput:
-            if not self._held:
-                self.store = None
+            store.pool.drop_free_slabs()
+            self.store = store if self._held else None
             raise
         if step.kept is not None:  # slots behind the last pad are not noted: they are all real
             self._kept = torch.cat((self._noted(self._held), step.kept), dim=1)
         self._held += step.k.shape[2]
+        if step.k.shape[2] >= _LONG_STEP and step.k.device.type == "cpu":
+            give_back()
+
+    def _slices(self, step: _Waiting) -> list[slice]:
+        """Cut a long step, so that temporaries stay small; the bytes do not depend on the cuts."""
+        tokens = step.k.shape[2]
+        at_once = max(PAGE_TOKENS, _SLICE_VALUES // step.k[:, :, 0].numel() // PAGE_TOKENS * PAGE_TOKENS)
+        return [slice(first, min(first + at_once, tokens)) for first in range(0, tokens, at_once)]
 
     def _noted(self, length: int) -> Tensor:
         """Return which of the first `length` slots hold real tokens, bool `[B, length]`."""
@@ -249,9 +288,15 @@ class LayerCache:
         """Return the step's K and V in cache space, in the model's dtype."""
         if step.rotated is not None:
             return step.rotated
-        k_block, v_block = self.method.hadamard_blocks(step.k.shape[3])
-        k = ops.rotate(step.k, hadamard_block=k_block, balance=self.balance)
-        return k.to(step.k.dtype), ops.rotate(step.v, hadamard_block=v_block).to(step.v.dtype)
+        made = self._rotate(step.k, step.v)
+        if step.k.shape[2] < PAGE_TOKENS:
+            step.rotated = made
+        return made
+
+    def _rotate(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k_block, v_block = self.method.hadamard_blocks(k.shape[3])
+        rotated = ops.rotate(k, hadamard_block=k_block, balance=self.balance).to(k.dtype)
+        return rotated, ops.rotate(v, hadamard_block=v_block).to(v.dtype)
 
     def _query_positions(self, q: Tensor) -> Tensor:
         real = self.real_slots()
@@ -273,8 +318,6 @@ class LayerCache:
         real = self.real_slots()
         return None if real is None else real[:, : self.length - new]
 
-    # -- everything in model space -------------------------------------------------------------------------------
-
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return all K and V dequantized, `[B, H, S, D]` in model space and dtype; earlier pads are zeros."""
         self.dense_reads += 1
@@ -295,8 +338,6 @@ class LayerCache:
         if self._waiting is None:
             return k, v
         return torch.cat((k, self._waiting.k), dim=2), torch.cat((v, self._waiting.v), dim=2)
-
-    # -- changing batch and length -------------------------------------------------------------------------------
 
     def select(self, rows: Sequence[int]) -> None:
         """Make sequence i what sequence `rows[i]` was (beam search, several return sequences).

@@ -42,7 +42,7 @@ def read_pads(mask: Tensor, *, before: Tensor | None, new: int, batch: int) -> T
     """
     seen = visible(mask[:, :, :, mask.shape[-1] - new :]).any(dim=2).any(dim=1).expand(batch, -1)
     kept = None if bool(seen.all()) else seen
-    _refuse_right_padding(kept, before, mask.shape[-1] - new)
+    refuse_right_padding(kept, before, mask.shape[-1] - new)
     return kept
 
 
@@ -61,7 +61,7 @@ def read_mask(mask: Tensor, *, before: Tensor | None, new: int, batch: int) -> S
     held = mask.shape[-1] - new
     kept = read_pads(mask, before=before, new=new, batch=batch)
     if kept is None and before is None:
-        return Seen(None, None if _is_causal(mask, held) else mask)
+        return Seen(None, None if _is_causal(mask, mask.shape[3] - mask.shape[2]) else mask)
     device = mask.device
     old = torch.ones(batch, held, dtype=torch.bool, device=device) if before is None else before.to(device)
     fresh = torch.ones(batch, new, dtype=torch.bool, device=device) if kept is None else kept
@@ -75,10 +75,11 @@ def read_mask(mask: Tensor, *, before: Tensor | None, new: int, batch: int) -> S
     positions = int(real.sum(1).max())
     index = slots[:, None, None, :positions].expand(-1, mask.shape[1], mask.shape[2], -1)
     by_position = mask.expand(batch, -1, -1, -1).gather(-1, index)
-    return Seen(kept, None if _is_causal_for(by_position, real, new) else by_position)
+    return Seen(kept, None if _is_causal_for(by_position, real, mask.shape[2]) else by_position)
 
 
-def _refuse_right_padding(kept: Tensor | None, before: Tensor | None, held: int) -> None:
+def refuse_right_padding(kept: Tensor | None, before: Tensor | None, held: int) -> None:
+    """Raise `UnsupportedInput` if a sequence with real tokens ends in a pad; arguments as in `read_mask`."""
     if kept is None:
         return
     has_tokens = kept.any(dim=1)

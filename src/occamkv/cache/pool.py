@@ -25,7 +25,6 @@ class PagePool:
         self.starts: list[int] = []
         self._owners: dict[int, int] = {}
         self._free: list[int] = []
-        self._next = 0
 
     @property
     def nbytes(self) -> int:
@@ -34,19 +33,24 @@ class PagePool:
 
     def allocate(self, count: int) -> list[int]:
         """Return the numbers of `count` pages with one owner each: freed ones first, then a new slab."""
-        numbers = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        missing = count - len(numbers)
-        if missing:
-            slab = Pages.empty(
-                missing, format=self.format, kv_heads=self.kv_heads, head_dim=self.head_dim, device=self.device
-            )
-            self.slabs.append(slab)
-            self.starts.append(self._next)
-            numbers += range(self._next, self._next + missing)
-            self._next += missing
+        self.reserve(count)
+        numbers = [self._free.pop() for _ in range(count)]
         for number in numbers:
             self._owners[number] = 1
         return numbers
+
+    def reserve(self, count: int) -> None:
+        """Make sure that `count` pages are free: what is missing becomes one new slab."""
+        missing = count - len(self._free)
+        if missing <= 0:
+            return
+        slab = Pages.empty(
+            missing, format=self.format, kv_heads=self.kv_heads, head_dim=self.head_dim, device=self.device
+        )
+        start = self.starts[-1] + self.slabs[-1].count if self.slabs else 0
+        self.slabs.append(slab)
+        self.starts.append(start)
+        self._free = [*reversed(range(start, start + missing)), *self._free]
 
     def share(self, numbers: Sequence[int]) -> None:
         """Add an owner to each page."""
@@ -60,7 +64,7 @@ class PagePool:
             if not self._owners[number]:
                 del self._owners[number]
                 self._free.append(number)
-        self._drop_free_slabs()
+        self.drop_free_slabs()
 
     def shared(self, number: int) -> bool:
         """Tell whether a page has more than one owner, so that writing to it would change another sequence."""
@@ -95,7 +99,8 @@ class PagePool:
         slab = bisect_right(self.starts, number) - 1
         return self.slabs[slab], number - self.starts[slab]
 
-    def _drop_free_slabs(self) -> None:
+    def drop_free_slabs(self) -> None:
+        """Give back slabs without used pages."""
         free = set(self._free)
         for index in reversed(range(len(self.slabs))):
             numbers = range(self.starts[index], self.starts[index] + self.slabs[index].count)

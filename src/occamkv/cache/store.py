@@ -19,8 +19,6 @@ from occamkv.formats.records import Records, decode_pages, from_groups, pages_of
 from occamkv.kernels import Backend, FullTokens, PackedTokens
 from occamkv.methods import Method
 
-_ENCODE_VALUES = 2**20  # K values encoded at a time, so that the temporaries of a long prompt stay small
-
 
 @dataclass
 class Row:
@@ -49,8 +47,7 @@ class _Change:
     rows: range
     pin_k: Tensor
     pin_v: Tensor
-    records: list[Records]
-    packed: int
+    records: Records | None
     rest_k: Tensor
     rest_v: Tensor
     rest_replaces: bool
@@ -83,17 +80,14 @@ class Store:
         self.format = method.packed_format
         self.rows = [Row() for _ in range(batch)]
         self.pool = PagePool(format=self.format, kv_heads=heads, head_dim=head_dim, device=device)
-        self.residual_k = torch.zeros(batch, heads, PAGE_TOKENS, head_dim, dtype=dtype, device=device)
-        self.residual_v = torch.zeros_like(self.residual_k)
-        self.pin_k = torch.zeros(batch, heads, method.pinned_tokens, head_dim, dtype=dtype, device=device)
-        self.pin_v = torch.zeros_like(self.pin_k)
+        ring, pins = ((batch, heads, tokens, head_dim) for tokens in (PAGE_TOKENS, method.pinned_tokens))
+        self.residual_k, self.residual_v = (torch.zeros(ring, dtype=dtype, device=device) for _ in range(2))
+        self.pin_k, self.pin_v = (torch.zeros(pins, dtype=dtype, device=device) for _ in range(2))
 
     @property
     def backend(self) -> Backend:
         """The backend that encodes and reads records."""
         return kernels.backend(self.backend_name)
-
-    # -- size ----------------------------------------------------------------------------------------------------
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes held: `packed`, `residual`, `pins`."""
@@ -102,8 +96,6 @@ class Store:
             "residual": self.residual_k.nbytes + self.residual_v.nbytes,
             "pins": self.pin_k.nbytes + self.pin_v.nbytes,
         }
-
-    # -- appending -----------------------------------------------------------------------------------------------
 
     def append(self, k: Tensor, v: Tensor, *, kept: Tensor | None = None) -> None:
         """Add tokens and pack what is due.
@@ -125,6 +117,14 @@ class Store:
         for change in changes:
             self._apply(change)
 
+    def reserve(self, new: Sequence[int]) -> None:
+        """Allocate at once the pages that `new[b]` more tokens of each sequence will fill."""
+        pages = 0
+        for row, count in zip(self.rows, new, strict=True):
+            count -= min(count, self.pin_k.shape[2] - row.pinned)
+            pages += pages_of(row.packed + self._due(row, row.residual + count)) - len(row.pages)
+        self.pool.reserve(pages)
+
     def _cuts(self, kept: Tensor | None) -> Iterator[tuple[range, Tensor | None]]:
         """Yield rows that can be handled together, and which of the new tokens are theirs (None: all)."""
         alike = len({row.counts for row in self.rows}) == 1
@@ -141,13 +141,13 @@ class Store:
         pin_v, v = v[:, :, :pins], v[:, :, pins:]
         due = self._due(row, row.residual + k.shape[2])
         enlarges = not due and row.residual + k.shape[2] > self.residual_k.shape[2]
-        records: list[Records] = []
+        records = None
         if due or enlarges:
             old_k, old_v = self._ring(rows)
             k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
-            records = list(self._encode(k[:, :, :due], v[:, :, :due]))
+            records = self._encode(k[:, :, :due], v[:, :, :due]) if due else None
             k, v = k[:, :, due:], v[:, :, due:]
-        return _Change(rows, pin_k, pin_v, records, due, k, v, bool(due or enlarges))
+        return _Change(rows, pin_k, pin_v, records, k, v, bool(due or enlarges))
 
     def _due(self, row: Row, waiting: int) -> int:
         """Return how many of the `waiting` oldest unpacked tokens must be packed now."""
@@ -156,27 +156,17 @@ class Store:
         step = PAGE_TOKENS if self.method.flush == "block" else self.format.record_tokens
         return ((waiting - PAGE_TOKENS) // step + 1) * step
 
-    def _encode(self, k: Tensor, v: Tensor) -> Iterator[Records]:
+    def _encode(self, k: Tensor, v: Tensor) -> Records:
         tokens = self.format.record_tokens
-        at_once = max(tokens, _ENCODE_VALUES // (k.shape[0] * k.shape[1] * k.shape[3]) // tokens * tokens)
-        for first in range(0, k.shape[2], at_once):
-            part = slice(first, min(first + at_once, k.shape[2]))
-            yield self.backend.encode(
-                to_groups(k[:, :, part], tokens),
-                to_groups(v[:, :, part], tokens),
-                format=self.format,
-                grid=self.method.grid,
-                clip=self.method.clip,
-            )
+        groups = (to_groups(k, tokens), to_groups(v, tokens))
+        return self.backend.encode(*groups, format=self.format, grid=self.method.grid, clip=self.method.clip)
 
     def _apply(self, change: _Change) -> None:
         rows, row = change.rows, self.rows[change.rows.start]
         span = slice(rows.start, rows.stop)
         pins = slice(row.pinned, row.pinned + change.pin_k.shape[2])
         self.pin_k[span, :, pins], self.pin_v[span, :, pins] = change.pin_k, change.pin_v
-        done = row.packed
-        for records in change.records:
-            done = self._write(records, rows, done)
+        done = row.packed if change.records is None else self._write(change.records, rows, row.packed)
         first = done if change.rest_replaces else row.packed + row.residual
         residual = change.rest_k.shape[2] + (0 if change.rest_replaces else row.residual)
         if change.rest_replaces:
@@ -210,8 +200,6 @@ class Store:
         self.pool.write(records, pages=pages, slots=slots)
         return done + groups * tokens
 
-    # -- the residual ring ---------------------------------------------------------------------------------------
-
     def _ring(self, rows: range) -> tuple[Tensor, Tensor]:
         """Copy out the residual of rows with equal counts, oldest token first."""
         row = self.rows[rows.start]
@@ -234,8 +222,6 @@ class Store:
                 row = self.rows[index]
                 slots = torch.arange(row.packed, row.packed + row.residual, device=self.residual_k.device) % wanted
                 self.residual_k[index][:, slots], self.residual_v[index][:, slots] = tokens[0][0], tokens[1][0]
-
-    # -- reading -------------------------------------------------------------------------------------------------
 
     def packed_tokens(self) -> PackedTokens | None:
         """Describe the packed tokens to a backend; None when there are none."""
@@ -293,8 +279,6 @@ class Store:
             raise UnsupportedInput("no token is packed.")
         k, v = decode_pages(packed.gather([row.pages[start // PAGE_TOKENS]]))
         return k[0, :, start % PAGE_TOKENS :], v[0, :, start % PAGE_TOKENS :]
-
-    # -- changing the batch and the length -----------------------------------------------------------------------
 
     def select(self, rows: Sequence[int]) -> None:
         """Make row i what row `rows[i]` was; pages are shared, and one still filling is copied before it is written."""

@@ -33,16 +33,13 @@ class Pages:
         """Allocate zeroed pages, so that the bytes of records not yet written are defined."""
         per_head = (pages, kv_heads, format.page_records)
         size = format.sections(head_dim).record_bytes
-        norm_dtype = getattr(torch, format.norm_dtype)
-        return Pages(
-            format=format,
-            head_dim=head_dim,
-            records=torch.zeros(*per_head, size, dtype=torch.uint8, device=device),
-            norms=torch.zeros(pages, PAGE_TOKENS, dtype=norm_dtype, device=device) if format.token_scale else None,
-            super_scales=torch.zeros(*per_head, 2, dtype=torch.float16, device=device)
-            if format.metadata_bits == 8
-            else None,
-        )
+        norms = super_scales = None
+        if format.token_scale:
+            norms = torch.zeros((pages, PAGE_TOKENS), dtype=getattr(torch, format.norm_dtype), device=device)
+        if format.metadata_bits == 8:
+            super_scales = torch.zeros((*per_head, 2), dtype=torch.float16, device=device)
+        records = torch.zeros((*per_head, size), dtype=torch.uint8, device=device)
+        return Pages(format, head_dim, records, norms, super_scales)
 
     @property
     def count(self) -> int:

@@ -15,6 +15,8 @@ from occamkv.ops import affine, packing
 from occamkv.ops.norms import token_norm
 
 _LARGEST = 65504.0  # of float16
+LARGEST_TOKEN = 0.75 * _LARGEST
+"""Largest value of a token that every grid can store: a rounded zero point moves a minimum by up to a third."""
 
 
 class Records(NamedTuple):
@@ -101,16 +103,16 @@ def check_storable(k: Tensor, v: Tensor, *, format: Format) -> None:
     """
     largest = torch.stack((k.abs().amax(), v.abs().amax())).to(torch.float64).tolist()
     norm = largest[0] * (k.shape[1] * k.shape[3]) ** 0.5  # never less than the largest token norm
-    if format.token_scale and norm > _LARGEST and norm != float("inf"):
+    if format.token_scale and norm > LARGEST_TOKEN and norm != float("inf"):
         norm = float(token_norm(k).amax())
     limits = (largest[0], largest[1]) if not format.token_scale else (largest[1],)
     most = torch.finfo(getattr(torch, format.norm_dtype)).max if format.token_scale else float("inf")
-    if all(value <= _LARGEST for value in limits) and norm <= most and norm < float("inf"):
+    if all(value <= LARGEST_TOKEN for value in limits) and norm <= most and norm < float("inf"):
         return
     raise UnsupportedInput(
         f"K or V does not fit its stored numbers: largest |K| {largest[0]:.4g}, largest |V| {largest[1]:.4g}, "
-        f"token norm at most {norm:.4g}; {'V' if format.token_scale else 'K and V'} are at most {_LARGEST:.0f}, a norm "
-        f"{most:.4g}. Nothing was stored. Keep this layer in full precision (a plan with method 'full')."
+        f"token norm at most {norm:.4g}; allowed: {LARGEST_TOKEN:.0f} for {'V' if format.token_scale else 'K and V'}, "
+        f"{most:.4g} for a norm. Nothing was stored. Keep this layer in full precision (a plan with method 'full')."
     )
 
 

@@ -54,7 +54,7 @@ def attention_forward(
         return _attend_packed(module, query, key.layer, attention_mask, scaling, options), None
     for changed, packed in ((key, value), (value, key)):
         if isinstance(packed, PackedTensor) and not isinstance(changed, PackedTensor):  # the model changed one of them
-            _note_pads(packed.layer, attention_mask, query.shape[2])
+            _note_pads(packed.layer, attention_mask, packed.layer.cache.new if packed.layer.cache else 0)
     key, value = (x.dense() if isinstance(x, PackedTensor) else x for x in (key, value))
     return _attend_plain(module, query, key, value, attention_mask, dropout, scaling, options), None
 
@@ -70,12 +70,12 @@ def _attend_packed(
     cache = layer.cache
     if cache is None:
         raise UnsupportedInput(f"layer {layer.index} is not packed ({layer.reason}).")
-    before = cache.length - query.shape[2]
+    before = cache.length - cache.new
     try:
         layer.shared.check_model(getattr(module, "config", None), fingerprint)
         if cache.waiting is not None:
             k, v = cache.waiting
-            seen = None if mask is None else layer.shared.seen(mask, cache, query.shape[2])
+            seen = None if mask is None else layer.shared.seen(mask, cache, cache.new)
             out = _attend_plain(module, query, k, v, mask, 0.0, scaling, options)
             cache.note(seen)
             cache.settle()
@@ -120,9 +120,9 @@ def _seen(
             "attention_mask as long as past and new tokens together."
         )
     if bias is None:
-        return layer.shared.seen(mask, cache, length)
+        return layer.shared.seen(mask, cache, cache.new)
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return layer.shared.seen(bias.float().masked_fill(~allowed, torch.finfo(torch.float32).min), cache, length)
+    return layer.shared.seen(bias.float().masked_fill(~allowed, torch.finfo(torch.float32).min), cache, cache.new)
 
 
 def _causal(module: nn.Module, options: dict[str, Any]) -> bool:

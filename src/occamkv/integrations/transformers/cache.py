@@ -9,12 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from occamkv.cache import CacheReport, LayerReport, Plan
-from occamkv.errors import UnsupportedInput
+from occamkv.errors import CacheMismatch, NothingQuantized, UnsupportedInput
 from occamkv.integrations.transformers import attention
 from occamkv.integrations.transformers.layer import PackedLayer
 from occamkv.integrations.transformers.model import decoders, text_config, use_attention
@@ -56,11 +57,21 @@ class PackedCache(DynamicCache):
         min_tokens: int = 0,
     ) -> None:
         attention.register()
+        refuse_own_cache(model)
         config = model.config if isinstance(model, nn.Module) else model
         self.plan = make_plan(config, method, plan)
         Cache.__init__(self, layers=build_layers(config, self.plan, balance=balance, min_tokens=min_tokens))
         if isinstance(model, nn.Module) and self.plan.packed_layers:
             use_attention(model, attention.NAME)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Take K and V of a step of one layer, `[B, H, T, D]`; return what attention reads."""
+        if layer_idx >= len(self.layers):
+            raise CacheMismatch(
+                f"this cache has {len(self.layers)} layers, the model asks for layer {layer_idx}. "
+                "Make a cache for this model: PackedCache(model, ...)."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def report(self) -> CacheReport:
         """Say, layer by layer, what is packed, how, and how many bytes it takes."""
@@ -69,6 +80,16 @@ class PackedCache(DynamicCache):
     def nbytes(self) -> int:
         """Return the bytes of all tensors that hold tokens."""
         return self.report().nbytes
+
+
+def refuse_own_cache(model: Any) -> None:
+    """Raise `NothingQuantized` if a model brings a cache class of its own."""
+    standard = getattr(model, "_supports_default_dynamic_cache", None)
+    if standard is not None and not standard():
+        raise NothingQuantized(
+            f"{type(model).__name__} has a cache of its own in transformers {transformers.__version__} "
+            "and does not take a DynamicCache. Use it without occamkv, or try a newer transformers."
+        )
 
 
 def make_plan(config: Any, method: Method | str, plan: Plan | str | Path | None) -> Plan:
@@ -147,16 +168,21 @@ class Attachment:
         cache = getattr(cache, "self_attention_cache", cache)
         if isinstance(cache, Cache):
             self._convert(cache)
+            _note_mask(cache, kwargs.get("attention_mask"))
             return None
         if cache is not None or not _would_make_cache(module, args, kwargs):
             return None
-        fresh = DynamicCache(config=text_config(self._model.config))
+        text = text_config(self._model.config)
+        fresh: Cache = DynamicCache(config=text)
         self._convert(fresh)
+        _note_mask(fresh, kwargs.get("attention_mask"))
+        if getattr(self._model.config, "is_encoder_decoder", False):
+            fresh = EncoderDecoderCache(fresh, DynamicCache(config=text))
         return args, {**kwargs, "past_key_values": fresh}
 
     def _convert(self, cache: Cache) -> None:
         """Swap the layers of a cache that has seen nothing yet."""
-        if any(isinstance(layer, PackedLayer) for layer in cache.layers):
+        if cache is self._newest or any(isinstance(layer, PackedLayer) for layer in cache.layers):
             return
         if type(cache) is not DynamicCache or any(_used(layer) for layer in cache.layers):
             if not self._warned:
@@ -174,6 +200,13 @@ class Attachment:
         self._newest = cache
 
 
+def _note_mask(cache: Cache, mask: Any) -> None:
+    """Tell packed layers which tokens are pads, for models whose attention is outside the interface."""
+    for layer in cache.layers:
+        if isinstance(layer, PackedLayer):
+            layer.shared.pads = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def _used(layer: Any) -> bool:
     if isinstance(layer, CacheLayerMixin):
         return bool(layer.is_initialized and layer.get_seq_length())
@@ -183,7 +216,7 @@ def _used(layer: Any) -> bool:
 
 def _would_make_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Tell whether this call would make a cache of its own."""
-    if module.training or getattr(module.config, "is_encoder_decoder", False):
+    if module.training:
         return False
     if "past_key_values" not in inspect.signature(module.forward).parameters:
         return False
@@ -222,7 +255,9 @@ def attach(
     target = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
     if not isinstance(target, nn.Module) or not hasattr(target, "config"):
         raise UnsupportedInput(f"attach got a {type(model).__name__}; allowed: a transformers model or pipeline.")
+    refuse_own_cache(target)
     chosen = make_plan(target.config, method, plan)
+    build_layers(target.config, chosen, balance=balance, min_tokens=min_tokens)  # refuses what does not fit
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in target._forward_pre_hooks.values()):
         raise UnsupportedInput(
             "this model is already attached. Call remove() on the first handle, or leave its with block."

@@ -51,7 +51,7 @@ def fold(model: nn.Module) -> FoldReport:
     for index, module in _attention_modules(decoder):
         if index not in wanted:
             continue
-        reason = _refusal(module, text) or _fold_layer(decoder, module, text)
+        reason = _shared(text) or _refusal(module, text) or _fold_layer(decoder, module, text)
         if reason is None:
             folded.append(index)
         else:
@@ -63,6 +63,12 @@ def fold(model: nn.Module) -> FoldReport:
         )
     setattr(text, FOLDED_FIELD, sorted(folded))
     return FoldReport(tuple(sorted(folded)), refused)
+
+
+def _shared(text: Any) -> str | None:
+    if getattr(text, "num_kv_shared_layers", 0):
+        return "layers of this model share V, and folding one would have to fold the output projections of all"
+    return None
 
 
 def _attention_modules(decoder: nn.Module) -> Iterator[tuple[int, nn.Module]]:

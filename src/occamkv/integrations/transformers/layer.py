@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -30,20 +31,19 @@ class Shared:
     def __init__(self, fingerprint: str, layers: Sequence[Any]) -> None:
         self.fingerprint = fingerprint
         self.broken = False
+        self.pads: Tensor | None = None
         self._layers = [weakref.ref(layer) for layer in layers]
         self._known_config = 0
         self._last: tuple[weakref.ref[Tensor], int, Seen] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        """Copy what is shared without following the links to other layers; the copied cache links them anew."""
+        """Copy what is shared; the links then lead to the copies of the layers."""
         clone = Shared(self.fingerprint, ())
         clone.broken = self.broken
         memo[id(self)] = clone
+        layers = (reference() for reference in self._layers)
+        clone._layers = [weakref.ref(copy.deepcopy(layer, memo)) for layer in layers if layer is not None]
         return clone
-
-    def link(self, layers: Sequence[Any]) -> None:
-        """Set the layers that share this object."""
-        self._layers = [weakref.ref(layer) for layer in layers]
 
     def check_model(self, config: Any, fingerprint_of: Any) -> None:
         """Raise `CacheMismatch` if an attention layer of another model reads the cache."""
@@ -73,9 +73,13 @@ class Shared:
         """Bring layers that are ahead back to `length` slots, after a layer refused a step."""
         for reference in self._layers:
             other = reference()
-            if not isinstance(other, DynamicLayer) or other.get_seq_length() <= length:
+            if not isinstance(other, DynamicLayer) or not other.is_initialized:
                 continue
-            if type(other) in (DynamicLayer, PackedLayer):
+            if length == 0 and isinstance(other, PackedLayer):
+                other.forget()
+            elif other.get_seq_length() <= length:
+                continue
+            elif type(other) in (DynamicLayer, PackedLayer):
                 other.crop(length - other.get_seq_length())
             else:
                 self.broken = True
@@ -115,8 +119,6 @@ class PackedLayer(DynamicLayer):
         self._values: Tensor | None = None
         super().__init__()
 
-    # -- what other code may look at -----------------------------------------------------------------------------
-
     @property
     def keys(self) -> Tensor | None:
         """K of all slots, dequantized, `[B, H, S, D]`; None before the first update."""
@@ -150,8 +152,6 @@ class PackedLayer(DynamicLayer):
             raise UnsupportedInput(f"layer {self.index} is not packed ({self.reason}); read keys and values.")
         return self.cache.dense()
 
-    # -- the interface of a cache layer --------------------------------------------------------------------------
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device; a layer whose shape no record can hold stays in full precision from here on."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -167,14 +167,12 @@ class PackedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take K and V of a step, `[B, H, T, D]`; return what attention reads."""
-        if key_states.requires_grad:
+        if key_states.requires_grad or value_states.requires_grad:
+            self.shared.roll_back(self.get_seq_length())
             raise UnsupportedInput(
                 "a packed cache has no gradients. Call the model under torch.no_grad(), or pass use_cache=False."
             )
-        if self.shared.broken:
-            raise CacheMismatch(
-                "an earlier error left the layers of this cache at different lengths. reset() it first."
-            )
+        self._refuse_broken()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.cache is None:
@@ -184,11 +182,19 @@ class PackedLayer(DynamicLayer):
         except OccamError:
             self.shared.roll_back(self.cache.length)
             raise
-        length = self.cache.length
+        length, pads = self.cache.length, self.shared.pads
+        if pads is not None and pads.shape == (self.cache.batch, length):
+            self.cache.note_pads(pads[:, length - key_states.shape[2] :])
         return (
             PackedTensor(self, is_value=False, like=key_states, length=length),
             PackedTensor(self, is_value=True, like=value_states, length=length),
         )
+
+    def _refuse_broken(self) -> None:
+        if self.shared.broken:
+            raise CacheMismatch(
+                "an earlier error left the layers of this cache at different lengths. reset() it first."
+            )
 
     def get_seq_length(self) -> int:
         """Return the slots seen so far, pads included."""
@@ -196,6 +202,7 @@ class PackedLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return length and offset of K for a step of `query_length` tokens (older versions pass positions)."""
+        self._refuse_broken()
         new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         return self.get_seq_length() + new, 0
 
@@ -210,6 +217,10 @@ class PackedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         self.shared.broken = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget everything this layer holds."""
         if self.cache is None:
             self._keys = self._values = None
         else:
@@ -266,8 +277,6 @@ class PackedLayer(DynamicLayer):
     def prefetch(self) -> None:
         """Refuse, as `offload` does."""
         self.offload()
-
-    # -- what it did ---------------------------------------------------------------------------------------------
 
     def report(self) -> LayerReport:
         """Say what this layer holds."""

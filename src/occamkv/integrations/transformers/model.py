@@ -23,6 +23,8 @@ def folded_layers(config: Any) -> frozenset[int]:
 
 def decoders(model: nn.Module) -> list[PreTrainedModel]:
     """Return the parts of a model that use the text decoder's configuration, outermost first."""
+    if getattr(model.config, "is_encoder_decoder", False) and isinstance(model, PreTrainedModel):
+        return [model]
     text = text_config(model.config)
     return [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
 

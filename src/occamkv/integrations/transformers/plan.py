@@ -92,7 +92,7 @@ def build_layers(
         layers[entry.index] = PackedLayer(
             entry.index, entry.method, balance=vector, min_tokens=min_tokens, pack_after_attend=not shares
         )
-    shared = Shared(fingerprint(text), layers)
+    shared = Shared("" if text.is_encoder_decoder else fingerprint(text), layers)
     for layer in layers:
         if isinstance(layer, PackedLayer):
             layer.shared = shared
