@@ -29,8 +29,8 @@ class PackedCache(DynamicCache):
     """A cache whose full-attention layers are packed: `model.generate(..., past_key_values=PackedCache(model))`.
 
     Given a model, its attention implementation is set to "occamkv" by transformers' own switch; with any other cache
-    that function computes what sdpa computes. Given only a configuration, load the model with
-    `attn_implementation="occamkv"`, or attention reads the cache dequantized.
+    that function computes what sdpa computes. Given only a configuration, call `register()` and load the model with
+    `attn_implementation="occamkv"`; otherwise attention reads the cache dequantized, which the report shows.
 
     Args:
         model: A transformers model, or its configuration.
