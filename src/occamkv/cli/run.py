@@ -124,10 +124,8 @@ def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("bits per value", f"{cache['bits_per_value']:.2f} packed, {cache['bits_with_residual']:.2f} with residual"),
         ("cache, computed", f"{_mib(cache['computed_bytes'])} (full precision {_mib(cache['computed_full_bytes'])})"),
         ("cache, measured", f"{_mib(cache['measured_bytes'])} held by its tensors"),
-        (
-            "process memory",
-            f"{_mib(data['rss_growth_bytes'])} more after generating than before, {data['backend']} backend",
-        ),
+        ("process memory", f"{_mib(data['rss_growth_bytes'])} more after generating than before"),
+        ("backend", data["backend"] or "none"),
         ("layers", f"{cache['packed_layers']} packed, {cache['full_layers']} not (reasons below)"),
     ]
     fidelity = data["fidelity"]
