@@ -100,13 +100,13 @@ def test_the_report_and_the_bytes_are_those_of_the_whole_text():
 
 def test_a_plan_packs_only_the_layers_that_it_says():
     mixed = saved_models.build("half sliding")
-    figures, report, _ = compare(mixed, ids(), "oscar", plan=plan_for(mixed.config, "oscar"), score_from=200)
+    figures, report, _ = compare(mixed, ids(), plan_for(mixed.config, "oscar"), score_from=200)
     assert [layer.packs for layer in report.layers] == [False, True]
     assert figures.kl_mean > 0
 
 
 def test_a_plan_that_packs_nothing_has_kl_exactly_0():
-    figures, _, _ = compare(model(), ids(), "oscar", plan=plan_for(model().config, "full"), score_from=0)
+    figures, _, _ = compare(model(), ids(), plan_for(model().config, "full"), score_from=0)
     assert (figures.kl_p99, figures.same_top) == (0, 1)
 
 

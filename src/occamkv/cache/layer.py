@@ -19,10 +19,10 @@ from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.records import LARGEST_TOKEN, check_storable
 from occamkv.kernels import Backend, FullTokens, backend_for
 from occamkv.methods import Method
-from occamkv.methods.method import check_kv
+from occamkv.methods.method import check_kv, checked_balance
 
 _SLICE_VALUES = 2**18  # K values that are rotated and appended at a time
-_LONG_STEP = 8 * PAGE_TOKENS  # tokens after which freed memory is given back to the system
+_LONG_STEP = 8 * PAGE_TOKENS  # a prompt, not speculation; its freed memory is given back to the system
 
 
 @dataclass
@@ -60,11 +60,10 @@ class LayerCache:
         self.method, self.balance, self.min_tokens = method, balance, min_tokens
         self.pack_after_attend = pack_after_attend
         self.records_past = False
-        self.dense_reads = self.packed_reads = self.lossy_crops = 0
+        self.dense_reads = self.packed_reads = self.lossy_crops = self._held = 0
         self.store: Store | None = None
         self._waiting: _Waiting | None = None
         self._kept: Tensor | None = None
-        self._held = 0
 
     @property
     def length(self) -> int:
@@ -124,6 +123,8 @@ class LayerCache:
         check_kv(k, v)
         if self.store is not None:
             self._check_same(k)
+        elif self.balance is not None:
+            self.balance = checked_balance(self.method, self.balance, k)
         if k.shape[2] == 0:
             return
         step = _Waiting(k, v)
@@ -237,9 +238,10 @@ class LayerCache:
 
         A short step of several tokens waits for the next one, since speculative decoding may take it back.
         """
-        if self._waiting is None or self.records_past or not self.pack_after_attend:
+        if self._waiting is None or not self.pack_after_attend:
             return
-        if self._waiting.k.shape[2] == 1 or self._waiting.k.shape[2] >= PAGE_TOKENS:
+        speculative = 1 < self.new < PAGE_TOKENS or (self.records_past and self.new < _LONG_STEP)
+        if not speculative:
             self.commit()
 
     def commit(self) -> None:
@@ -248,8 +250,7 @@ class LayerCache:
             return
         step, self._waiting = self._waiting, None
         store = self._store()
-        new = [step.k.shape[2]] * self.batch if step.kept is None else step.kept.sum(1).tolist()
-        store.reserve(new)
+        store.reserve([step.k.shape[2]] * self.batch if step.kept is None else step.kept.sum(1).tolist())
         try:
             for part in self._slices(step):
                 kept = None if step.kept is None else step.kept[:, part]
@@ -390,8 +391,8 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything, the batch size included."""
         self.store = self._waiting = self._kept = None
-        self._held = 0
-        self.records_past = False
+        self._held, self.records_past = 0, False
+        self.dense_reads = self.packed_reads = self.lossy_crops = 0
 
     def _store(self) -> Store:
         if self.store is None:

@@ -88,7 +88,8 @@ class CacheReport:
         tokens = max((layer.tokens for layer in packed), default=0)
         if packed and not self.quantized:
             start = min(layer.packing_starts for layer in packed)
-            lines.append(f"nothing packed yet: {tokens} tokens, packing starts at {start}")
+            when = "" if tokens < start else " real tokens of a sequence, at the latest with the next step"
+            lines.append(f"nothing packed yet: {tokens} tokens, packing starts at {start}{when}")
         if any(layer.lossy_crops for layer in packed):
             lines.append("lossy crop: a cut group was decoded back into the residual and is no longer full precision")
         if self.nbytes:

@@ -51,6 +51,7 @@ class _Change:
     rest_k: Tensor
     rest_v: Tensor
     rest_replaces: bool
+    residual: int
 
 
 class Store:
@@ -114,6 +115,7 @@ class Store:
             )
             for rows, at in self._cuts(kept)
         ]
+        self._resize(changes)
         for change in changes:
             self._apply(change)
 
@@ -147,7 +149,9 @@ class Store:
             k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
             records = self._encode(k[:, :, :due], v[:, :, :due]) if due else None
             k, v = k[:, :, due:], v[:, :, due:]
-        return _Change(rows, pin_k, pin_v, records, k, v, bool(due or enlarges))
+        replaces = bool(due or enlarges)
+        residual = k.shape[2] + (0 if replaces else row.residual)
+        return _Change(rows, pin_k, pin_v, records, k, v, replaces, residual)
 
     def _due(self, row: Row, waiting: int) -> int:
         """Return how many of the `waiting` oldest unpacked tokens must be packed now."""
@@ -168,15 +172,12 @@ class Store:
         self.pin_k[span, :, pins], self.pin_v[span, :, pins] = change.pin_k, change.pin_v
         done = row.packed if change.records is None else self._write(change.records, rows, row.packed)
         first = done if change.rest_replaces else row.packed + row.residual
-        residual = change.rest_k.shape[2] + (0 if change.rest_replaces else row.residual)
-        if change.rest_replaces:
-            self._resize(rows, residual)
         slots = torch.arange(first, first + change.rest_k.shape[2], device=self.residual_k.device)
         slots %= self.residual_k.shape[2]
         self.residual_k[span, :, slots], self.residual_v[span, :, slots] = change.rest_k, change.rest_v
         for index in rows:
             self.rows[index].pinned = pins.stop
-            self.rows[index].packed, self.rows[index].residual = done, residual
+            self.rows[index].packed, self.rows[index].residual = done, change.residual
 
     def _write(self, records: Records, rows: range, done: int) -> int:
         """Put records of these rows behind their `done` packed tokens; return the new count."""
@@ -208,20 +209,19 @@ class Store:
         span = slice(rows.start, rows.stop)
         return self.residual_k[span, :, slots], self.residual_v[span, :, slots]
 
-    def _resize(self, rows: range, residual: int) -> None:
-        """Give the ring as many slots as the fullest sequence needs; always 128 but for `min_tokens`."""
-        others = [row.residual for index, row in enumerate(self.rows) if index not in rows]
-        wanted = PAGE_TOKENS * max(1, *(pages_of(count) for count in (residual, *others)))
-        if wanted == self.residual_k.shape[2]:
+    def _resize(self, changes: Sequence[_Change]) -> None:
+        """Give the ring as many slots as the fullest sequence will need; always 128 but for `min_tokens`."""
+        wanted = PAGE_TOKENS * max(1, *(pages_of(change.residual) for change in changes))
+        if wanted == self.residual_k.shape[2] or not any(change.rest_replaces for change in changes):
             return
-        old = [self._ring(range(i, i + 1)) if i not in rows else None for i in range(len(self.rows))]
+        kept = [change.rows for change in changes if not change.rest_replaces]
+        old = [self._ring(rows) for rows in kept]
         shape = (*self.residual_k.shape[:2], wanted, self.residual_k.shape[3])
         self.residual_k, self.residual_v = self.residual_k.new_zeros(shape), self.residual_v.new_zeros(shape)
-        for index, tokens in enumerate(old):
-            if tokens is not None:
-                row = self.rows[index]
-                slots = torch.arange(row.packed, row.packed + row.residual, device=self.residual_k.device) % wanted
-                self.residual_k[index][:, slots], self.residual_v[index][:, slots] = tokens[0][0], tokens[1][0]
+        for rows, (k, v) in zip(kept, old, strict=True):
+            row, span = self.rows[rows.start], slice(rows.start, rows.stop)
+            slots = torch.arange(row.packed, row.packed + row.residual, device=self.residual_k.device) % wanted
+            self.residual_k[span, :, slots], self.residual_v[span, :, slots] = k, v
 
     def packed_tokens(self) -> PackedTokens | None:
         """Describe the packed tokens to a backend; None when there are none."""

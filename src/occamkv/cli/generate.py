@@ -289,10 +289,10 @@ def _fidelity(
     fidelity, _, full_bytes = compare(
         model,
         ids,
-        settings.method,
-        plan=settings.plan,
+        settings.plan or settings.method,
         score_from=start,
         one_shot=start,
+        min_tokens=settings.min_tokens,
         progress=lambda done: progress.update(task, completed=done),
     )
     return fidelity, None, full_bytes

@@ -12,13 +12,12 @@ from rich.table import Table
 
 from occamkv.cli.shell import check_writable, err, out, verb, write_json
 from occamkv.errors import UnsupportedInput
-from occamkv.methods import method
+from occamkv.methods import DEFAULT_METHOD, method
 
 if TYPE_CHECKING:
     from occamkv.cli.generate import Outcome
 
 _SCORED_TOKENS = 384
-DEFAULT_METHOD = "oscar"
 
 
 @verb("run")
@@ -33,7 +32,8 @@ def run(
         bool | None, typer.Option("--chat/--raw", help="Use the tokenizer's chat template. Default: if it has one.")
     ] = None,
     method_name: Annotated[
-        str | None, typer.Option("--method", help="See `occamkv methods`. Default: oscar.", show_default=False)
+        str | None,
+        typer.Option("--method", help=f"See `occamkv methods`. Default: {DEFAULT_METHOD}.", show_default=False),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan file instead of one method for all layers.")] = None,
     min_tokens: Annotated[int, typer.Option(min=0, help="Keep shorter contexts in full precision.")] = 0,

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from occamkv.cache import CacheReport, Plan
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
-from occamkv.integrations.transformers import PackedCache
+from occamkv.integrations.transformers import PackedCache, plan_for
 from occamkv.integrations.transformers.model import text_config
 from occamkv.methods import Method, method
 
@@ -111,11 +111,11 @@ def chunk_ends(chosen: Method, *, start: int, end: int) -> list[int]:
 def compare(
     model: nn.Module,
     ids: Tensor,
-    chosen: Method | str,
+    chosen: Method | str | Plan,
     *,
-    plan: Plan | None = None,
     score_from: int,
     one_shot: int = 0,
+    min_tokens: int = 0,
     tally: Tally | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Fidelity, CacheReport, int]:
@@ -124,10 +124,10 @@ def compare(
     Args:
         model: A causal language model in eval mode.
         ids: Tokens `[1, T]`.
-        chosen: A method or its name; not used with a plan, whose methods then also decide where steps end.
-        plan: A plan instead of one method for all layers.
+        chosen: A method, its name, or a plan; it also decides where steps end.
         score_from: First position whose prediction counts.
         one_shot: So many tokens go through in one call first, as `generate` sends a prompt; the rest in steps.
+        min_tokens: As in `PackedCache`.
         tally: Collect into this, for figures over several texts.
         progress: Called with the number of tokens read so far.
 
@@ -137,16 +137,17 @@ def compare(
     Raises:
         UnsupportedInput: The text is too short to score.
     """
-    wanted = method(chosen) if isinstance(chosen, str) else chosen
+    plan = chosen if isinstance(chosen, Plan) else plan_for(model.config, chosen)
     length = ids.shape[1]
     if ids.shape[0] != 1 or length < 2 or not 0 <= score_from < length - 1:
         raise UnsupportedInput(
             f"ids {tuple(ids.shape)} with score_from={score_from}; "
             "allowed: one text [1, T] and 0 <= score_from < T - 1."
         )
-    packed, full = PackedCache(model, wanted, plan=plan), DynamicCache(config=text_config(model.config))
+    packed = PackedCache(model, plan=plan, min_tokens=min_tokens)
+    full = DynamicCache(config=text_config(model.config))
     ends = [one_shot] if 0 < one_shot < length else []
-    methods = [wanted] if plan is None else [entry.method for entry in plan.layers if entry.packs] or [wanted]
+    methods = {entry.method for entry in plan.layers if entry.packs} or {method("full")}
     ends += sorted({end for each in methods for end in chunk_ends(each, start=one_shot, end=length)})
     tally, start = Tally() if tally is None else tally, 0
     for end in ends:

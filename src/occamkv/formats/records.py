@@ -101,7 +101,7 @@ def check_storable(k: Tensor, v: Tensor, *, format: Format) -> None:
     Raises:
         UnsupportedInput: A value or a token norm is not finite or does not fit its stored dtype.
     """
-    largest = torch.stack((k.abs().amax(), v.abs().amax())).to(torch.float64).tolist()
+    largest = torch.stack((k.abs().amax(), v.abs().amax())).tolist()
     norm = largest[0] * (k.shape[1] * k.shape[3]) ** 0.5  # never less than the largest token norm
     if format.token_scale and norm > LARGEST_TOKEN and norm != float("inf"):
         norm = float(token_norm(k).amax())

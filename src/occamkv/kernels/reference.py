@@ -206,15 +206,17 @@ def _hide(logits: Tensor, block: _Block, view: _View, rows: slice, steps: slice)
     seen = seen[:, None, None]
     if picked.dtype == torch.bool:
         return logits.masked_fill(~(seen & picked), float("-inf"))
-    lowest = torch.finfo(picked.dtype).min
+    lowest = torch.finfo(picked.dtype).min / 2  # a hidden token, whatever was added to the lowest number
     return (logits + picked).masked_fill(~seen | (picked <= lowest), float("-inf"))
 
 
 def _blocks(packed: PackedTokens | None, full: Sequence[FullTokens]) -> Iterator[_Block]:
     for part in full:
-        if part.k.shape[2]:
-            k, v = (x.to(torch.float32)[:, None] for x in (part.k, part.v))
-            yield _Block(0, k, v, part.positions)
+        step = max(PAGE_TOKENS, _KV_WORKSPACE_BYTES // (2 * 4 * part.k[:, :, 0].numel()))
+        for first in range(0, part.k.shape[2], step):
+            some = slice(first, first + step)
+            k, v = (x[:, :, some].to(torch.float32)[:, None] for x in (part.k, part.v))
+            yield _Block(0, k, v, part.positions[:, some])
     if packed is None:
         return
     heads, head_dim = packed.slabs[0].kv_heads, packed.slabs[0].head_dim

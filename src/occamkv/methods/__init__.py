@@ -4,9 +4,9 @@ from typing import Any
 
 from occamkv.methods.method import Encoded, Method
 from occamkv.methods.names import parse_name
-from occamkv.methods.registry import METHOD_NAMES
+from occamkv.methods.registry import DEFAULT_METHOD, METHOD_NAMES
 
-__all__ = ["METHOD_NAMES", "Encoded", "Method", "method"]
+__all__ = ["DEFAULT_METHOD", "METHOD_NAMES", "Encoded", "Method", "method"]
 
 
 def method(name: str, **overrides: Any) -> Method:

@@ -159,7 +159,7 @@ class Method:
 
         format = self.packed_format
         check_kv(k, v, multiple=PAGE_TOKENS)
-        balance = self._checked_balance(balance, k)
+        balance = checked_balance(self, balance, k)
         k_block, v_block = self.hadamard_blocks(k.shape[-1])
         batch, heads, tokens, head_dim = k.shape
         packed = records.encode(
@@ -191,26 +191,6 @@ class Method:
         """Return the Hadamard block sizes of K and V; None where nothing is rotated."""
         block = head_dim & -head_dim
         return (None if self.k_rotation == "none" else block), (None if self.v_rotation == "none" else block)
-
-    def _checked_balance(self, balance: Tensor | None, k: Tensor) -> Tensor | None:
-        import torch
-
-        if self.k_rotation != "balanced":
-            if balance is not None:
-                raise UnsupportedInput(
-                    f"balance was given, but {self} has k_rotation={self.k_rotation!r} and would not use it. "
-                    "Leave it out, or override k_rotation='balanced'."
-                )
-            return None
-        if balance is None:
-            warnings.warn(f"{self} was given no balance vector; d = 1 (a plain Hadamard rotation).", stacklevel=3)
-            return None
-        if balance.shape != (k.shape[1], k.shape[3]) or not bool((balance.isfinite() & (balance > 0)).all()):
-            raise UnsupportedInput(
-                f"balance has shape {tuple(balance.shape)}; allowed: finite values above 0, shape "
-                f"[H, D] = {(k.shape[1], k.shape[3])}."
-            )
-        return balance.to(device=k.device, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -253,3 +233,25 @@ def check_kv(k: Tensor, v: Tensor, *, multiple: int = 1) -> None:
                 f"{name} holds {int(bad.sum())} NaN or infinite values (first at [b, h, t, d] = "
                 f"{bad.nonzero()[0].tolist()}). Nothing was stored. Look at the model's dtype or its inputs."
             )
+
+
+def checked_balance(method: Method, balance: Tensor | None, k: Tensor) -> Tensor | None:
+    """Return d for K `[B, H, T, D]`, float32 on its device, or None; refuse what does not fit."""
+    import torch
+
+    if method.k_rotation != "balanced":
+        if balance is not None:
+            raise UnsupportedInput(
+                f"balance was given, but {method} has k_rotation={method.k_rotation!r} and would not use it. "
+                "Leave it out, or override k_rotation='balanced'."
+            )
+        return None
+    if balance is None:
+        warnings.warn(f"{method} was given no balance vector; d = 1 (a plain Hadamard rotation).", stacklevel=3)
+        return None
+    if balance.shape != (k.shape[1], k.shape[3]) or not bool((balance.isfinite() & (balance > 0)).all()):
+        raise UnsupportedInput(
+            f"balance has shape {tuple(balance.shape)}; allowed: finite values above 0, shape "
+            f"[H, D] = {(k.shape[1], k.shape[3])}."
+        )
+    return balance.to(device=k.device, dtype=torch.float32)

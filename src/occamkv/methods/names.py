@@ -73,7 +73,16 @@ def format_name(method: Method) -> str:
 
 
 def unnamed_overrides(method: Method) -> dict[str, Any]:
-    """Return the fields that differ from the method's default and that a name cannot say."""
+    """Return the fields that differ from the method's default and that a name cannot say.
+
+    Raises:
+        UnsupportedFormat: The method's base name is not in the registry, so nothing could read it back.
+    """
+    if method.name not in METHOD_NAMES:
+        raise UnsupportedFormat(
+            f"a plan cannot hold method {method.name!r}, which is not in the registry. "
+            f"Override fields of one of these: {', '.join(METHOD_NAMES)}."
+        )
     default = default_method(method.name)
     changed = {}
     for field in dataclasses.fields(Method):

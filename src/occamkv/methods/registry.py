@@ -8,6 +8,9 @@ from occamkv.methods.method import Method
 METHOD_NAMES = ("oscar", "kivi", "quarot", "rtn", "full")
 """Names of all methods, in the order of tables."""
 
+DEFAULT_METHOD = "oscar"
+"""The method that is taken where none is named."""
+
 
 @cache
 def default_method(name: str) -> Method:

@@ -1,8 +1,8 @@
 """occamkv inside Hugging Face transformers (5.0 or newer): no patched model, three official doors."""
 
 from occamkv.integrations.transformers.attention import register
-from occamkv.integrations.transformers.cache import DEFAULT_METHOD, Attachment, PackedCache, attach
+from occamkv.integrations.transformers.cache import Attachment, PackedCache, attach
 from occamkv.integrations.transformers.folding import fold
 from occamkv.integrations.transformers.plan import plan_for
 
-__all__ = ["DEFAULT_METHOD", "Attachment", "PackedCache", "attach", "fold", "plan_for", "register"]
+__all__ = ["Attachment", "PackedCache", "attach", "fold", "plan_for", "register"]

@@ -15,8 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from occamkv.cache import LayerCache
-from occamkv.cache.masks import Seen
-from occamkv.errors import OccamError, UnsupportedInput
+from occamkv.cache.masks import Seen, visible
+from occamkv.errors import UnsupportedInput
 from occamkv.integrations.transformers.fingerprint import fingerprint
 from occamkv.integrations.transformers.layer import PackedLayer
 from occamkv.integrations.transformers.tensor import PackedTensor
@@ -72,6 +72,11 @@ def _attend_packed(
         raise UnsupportedInput(f"layer {layer.index} is not packed ({layer.reason}).")
     before = cache.length - cache.new
     try:
+        if mask is not None and mask.shape[-1] != cache.length:
+            raise UnsupportedInput(
+                f"the attention mask has {mask.shape[-1]} columns, the cache holds {cache.length} slots. Pass an "
+                "attention_mask as long as past and new tokens together."
+            )
         layer.shared.check_model(getattr(module, "config", None), fingerprint)
         if cache.waiting is not None:
             k, v = cache.waiting
@@ -86,9 +91,9 @@ def _attend_packed(
                 query, seen=seen, scale=scaling, softcap=options.get("softcap"), sinks=options.get("s_aux")
             )
         return out.transpose(1, 2).contiguous()
-    except OccamError:
+    except Exception:
         cache.forget_step()
-        layer.shared.roll_back(min(before, cache.length))
+        layer.shared.roll_back(min(before, cache.length), failed=layer.index)
         raise
 
 
@@ -114,15 +119,13 @@ def _seen(
             mask = mask.tril(cache.length - length)
     if mask is None:
         return None
-    if mask.shape[-1] != cache.length:
-        raise UnsupportedInput(
-            f"the attention mask has {mask.shape[-1]} columns, the cache holds {cache.length} slots. Pass an "
-            "attention_mask as long as past and new tokens together."
-        )
-    if bias is None:
-        return layer.shared.seen(mask, cache, cache.new)
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return layer.shared.seen(bias.float().masked_fill(~allowed, torch.finfo(torch.float32).min), cache, cache.new)
+    return layer.shared.seen(mask if bias is None else _add_bias(mask, bias), cache, cache.new)
+
+
+def _add_bias(mask: Tensor, bias: Tensor) -> Tensor:
+    """Return an additive mask that holds a position bias where `mask` lets a query see."""
+    added = bias.float() if mask.dtype == torch.bool else bias.float() + mask.float()
+    return added.masked_fill(~visible(mask), torch.finfo(torch.float32).min)
 
 
 def _causal(module: nn.Module, options: dict[str, Any]) -> bool:
@@ -150,8 +153,12 @@ def _attend_plain(
         return out
     batch, length, slots = query.shape[0], query.shape[2], key.shape[2]
     at = torch.arange(slots, device=query.device).expand(batch, -1)
-    if mask is None and not _causal(module, options):
+    bias = options.get("position_bias")
+    if mask is None and (bias is not None or not _causal(module, options)):
         mask = torch.ones(1, 1, length, slots, dtype=torch.bool, device=query.device)
+        mask = mask.tril(slots - length) if _causal(module, options) else mask
+    if bias is not None and mask is not None:
+        mask = _add_bias(mask, bias)
     out = backend("reference").attend(
         query,
         q_positions=at[:, slots - length :],

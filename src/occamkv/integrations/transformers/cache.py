@@ -17,12 +17,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from occamkv.cache import CacheReport, LayerReport, Plan
 from occamkv.errors import CacheMismatch, NothingQuantized, UnsupportedInput
 from occamkv.integrations.transformers import attention
-from occamkv.integrations.transformers.layer import PackedLayer
+from occamkv.integrations.transformers.layer import PackedLayer, has_state
 from occamkv.integrations.transformers.model import decoders, text_config, use_attention
 from occamkv.integrations.transformers.plan import build_layers, plan_for
-from occamkv.methods import Method
-
-DEFAULT_METHOD = "oscar"
+from occamkv.methods import DEFAULT_METHOD, Method
 
 
 class PackedCache(DynamicCache):
@@ -210,8 +208,7 @@ def _note_mask(cache: Cache, mask: Any) -> None:
 def _used(layer: Any) -> bool:
     if isinstance(layer, CacheLayerMixin):
         return bool(layer.is_initialized and layer.get_seq_length())
-    state = getattr(layer, "has_previous_state", False)
-    return any(state.values()) if isinstance(state, dict) else bool(state)
+    return has_state(layer)
 
 
 def _would_make_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -256,6 +253,8 @@ def attach(
     if not isinstance(target, nn.Module) or not hasattr(target, "config"):
         raise UnsupportedInput(f"attach got a {type(model).__name__}; allowed: a transformers model or pipeline.")
     refuse_own_cache(target)
+    if target.training:
+        warnings.warn("this model is in training mode and makes no packed caches by itself; call eval().", stacklevel=2)
     chosen = make_plan(target.config, method, plan)
     build_layers(target.config, chosen, balance=balance, min_tokens=min_tokens)  # refuses what does not fit
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in target._forward_pre_hooks.values()):

@@ -16,6 +16,7 @@ from occamkv.cache import LayerCache, LayerReport
 from occamkv.cache.masks import Seen, read_mask, read_pads
 from occamkv.errors import CacheMismatch, OccamError, UnsupportedFormat, UnsupportedInput
 from occamkv.formats import check_head_dim
+from occamkv.integrations.transformers.model import folded_layers
 from occamkv.integrations.transformers.tensor import PackedTensor
 from occamkv.methods import Method
 
@@ -33,7 +34,7 @@ class Shared:
         self.broken = False
         self.pads: Tensor | None = None
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._known_config = 0
+        self._known: tuple[int, frozenset[int]] | None = None
         self._last: tuple[weakref.ref[Tensor], int, Seen] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
@@ -47,7 +48,10 @@ class Shared:
 
     def check_model(self, config: Any, fingerprint_of: Any) -> None:
         """Raise `CacheMismatch` if an attention layer of another model reads the cache."""
-        if config is None or id(config) == self._known_config or not self.fingerprint:
+        if config is None or not self.fingerprint:
+            return
+        known = (id(config), folded_layers(config))  # folding changes what the cached V means
+        if known == self._known:
             return
         given = fingerprint_of(config)
         if given != self.fingerprint:
@@ -55,7 +59,7 @@ class Shared:
                 f"this cache was made for a model with fingerprint {self.fingerprint}, the attention layer belongs to "
                 f"{given}. Make a cache for this model: PackedCache(model, ...)."
             )
-        self._known_config = id(config)
+        self._known = known
 
     def seen(self, mask: Tensor, layer: LayerCache, new: int) -> Seen:
         """Read a mask once for all layers of a step."""
@@ -69,11 +73,17 @@ class Shared:
         self._last = (weakref.ref(mask), layer.length, seen)
         return seen
 
-    def roll_back(self, length: int) -> None:
-        """Bring layers that are ahead back to `length` slots, after a layer refused a step."""
-        for reference in self._layers:
+    def roll_back(self, length: int, *, failed: int) -> None:
+        """Bring layers that are ahead back to `length` slots, after layer `failed` refused a step.
+
+        A linear state has no length and cannot go back: if one lies below the layer that failed, it has moved on.
+        """
+        for index, reference in enumerate(self._layers):
             other = reference()
-            if not isinstance(other, DynamicLayer) or not other.is_initialized:
+            if not isinstance(other, DynamicLayer):
+                self.broken |= index < failed and has_state(other)
+                continue
+            if not other.is_initialized:
                 continue
             if length == 0 and isinstance(other, PackedLayer):
                 other.forget()
@@ -168,7 +178,7 @@ class PackedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take K and V of a step, `[B, H, T, D]`; return what attention reads."""
         if key_states.requires_grad or value_states.requires_grad:
-            self.shared.roll_back(self.get_seq_length())
+            self.shared.roll_back(self.get_seq_length(), failed=self.index)
             raise UnsupportedInput(
                 "a packed cache has no gradients. Call the model under torch.no_grad(), or pass use_cache=False."
             )
@@ -179,12 +189,12 @@ class PackedLayer(DynamicLayer):
             return super().update(key_states, value_states)
         try:
             self.cache.update(key_states, value_states)
+            length, pads = self.cache.length, self.shared.pads
+            if pads is not None and pads.shape == (self.cache.batch, length):
+                self.cache.note_pads(pads[:, length - key_states.shape[2] :].to(key_states.device))
         except OccamError:
-            self.shared.roll_back(self.cache.length)
+            self.shared.roll_back(self.cache.length, failed=self.index)
             raise
-        length, pads = self.cache.length, self.shared.pads
-        if pads is not None and pads.shape == (self.cache.batch, length):
-            self.cache.note_pads(pads[:, length - key_states.shape[2] :])
         return (
             PackedTensor(self, is_value=False, like=key_states, length=length),
             PackedTensor(self, is_value=True, like=value_states, length=length),
@@ -306,6 +316,12 @@ class PackedLayer(DynamicLayer):
             lossy_crops=self.cache.lossy_crops,
             packing_starts=self.cache.packing_starts,
         )
+
+
+def has_state(layer: Any) -> bool:
+    """Tell whether a layer without K and V holds a state of earlier tokens."""
+    state = getattr(layer, "has_previous_state", False)
+    return any(state.values()) if isinstance(state, dict) else bool(state)
 
 
 def _refusal(k: Tensor, v: Tensor) -> str | None:

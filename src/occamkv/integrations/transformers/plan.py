@@ -71,6 +71,12 @@ def build_layers(
     """
     text = text_config(config)
     layers = _dynamic_layers(text)
+    strange = sorted(set(balance or {}) - {entry.index for entry in plan.layers if entry.packs})
+    if min_tokens < 0 or strange:
+        raise UnsupportedInput(
+            f"min_tokens is {min_tokens} and balance names layers {strange} that are not packed; "
+            "allowed: min_tokens of at least 0, and vectors for packed layers alone."
+        )
     if len(plan.layers) != len(layers) or (plan.fingerprint and plan.fingerprint != fingerprint(text)):
         raise CacheMismatch(
             f"the plan has {len(plan.layers)} layers and fingerprint {plan.fingerprint!r}, the model {len(layers)} and "
@@ -88,6 +94,11 @@ def build_layers(
             raise UnsupportedInput(
                 f"layer {entry.index} has a balanced rotation and no balance vector. "
                 "Pass balance={layer: [H, D] tensor}."
+            )
+        if entry.method.k_rotation != "balanced" and vector is not None:
+            raise UnsupportedInput(
+                f"balance has a vector for layer {entry.index}, but its method {entry.method} has "
+                f"k_rotation={entry.method.k_rotation!r}. Leave it out, or override k_rotation='balanced'."
             )
         layers[entry.index] = PackedLayer(
             entry.index, entry.method, balance=vector, min_tokens=min_tokens, pack_after_attend=not shares

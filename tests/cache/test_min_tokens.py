@@ -1,0 +1,56 @@
+"""A threshold below which nothing is packed: the residual grows and shrinks, sequence by sequence."""
+
+import pytest
+import torch
+
+from cache_mirror import Mirror, left_padded
+from occamkv.cache import LayerCache
+from occamkv.errors import UnsupportedInput
+from occamkv.methods import method
+
+
+@pytest.mark.parametrize("name", ["kivi", "oscar_roll"])
+@pytest.mark.parametrize("steps", [[60], [1] * 60, [30, 1, 1, 28]], ids=["at once", "token by token", "mixed"])
+def test_one_sequence_packs_while_another_still_waits(name, steps):
+    """The ring then holds more than 128 tokens of one row and fewer of the other."""
+    mirror = Mirror(method(name), batch=2)
+    mirror.cache = LayerCache(mirror.cache.method, min_tokens=300)
+    mirror.step(250, kept=left_padded(250, 0, 130))
+    for count in steps:
+        mirror.step(count)
+    mirror.cache.commit()
+    first, second = mirror.cache.packed_tokens()
+    assert first > 0
+    assert second == 0
+    for count in (100, 1, 200):
+        mirror.step(count)
+    mirror.cache.commit()
+    assert min(mirror.cache.packed_tokens()) > 0
+
+
+def test_a_balance_vector_that_the_method_does_not_use_is_refused():
+    cache = LayerCache(method("oscar"), balance=torch.ones(2, 32))
+    with pytest.raises(UnsupportedInput, match="balance was given"):
+        cache.update(torch.randn(1, 2, 5, 32), torch.randn(1, 2, 5, 32))
+    assert cache.length == 0
+
+
+def test_a_reset_cache_has_forgotten_what_it_did():
+    mirror = Mirror(method("oscar"))
+    mirror.step(300)
+    mirror.cache.remove(200)
+    assert mirror.cache.lossy_crops
+    mirror.cache.reset()
+    assert (mirror.cache.lossy_crops, mirror.cache.packed_reads, mirror.cache.length) == (0, 0, 0)
+
+
+def test_a_prompt_after_speculation_is_packed_at_once():
+    mirror = Mirror(method("oscar"))
+    mirror.step(200)
+    mirror.cache.records_past = True
+    mirror.cache.note(mirror.put(*mirror.fresh(1100)))
+    mirror.cache.settle()
+    assert mirror.cache.packed_tokens() == [1280]
+    mirror.cache.note(mirror.put(*mirror.fresh(200)))
+    mirror.cache.settle()
+    assert mirror.cache.packed_tokens() == [1280], "200 tokens may be speculation"
