@@ -210,13 +210,22 @@ def _hide(logits: Tensor, block: _Block, view: _View, rows: slice, steps: slice)
     return (logits + picked).masked_fill(~seen | (picked <= lowest), float("-inf"))
 
 
+def _full_blocks(part: FullTokens) -> Iterator[_Block]:
+    batch, heads, tokens, head_dim = part.k.shape
+    at_once = max(1, _KV_WORKSPACE_BYTES // (2 * 4 * heads * head_dim))  # tokens of all rows together
+    rows_in_block = max(1, min(batch, at_once // PAGE_TOKENS))
+    step = max(1, at_once // rows_in_block)
+    for row in range(0, batch, rows_in_block):
+        rows = slice(row, row + rows_in_block)
+        for first in range(0, tokens, step):
+            some = slice(first, first + step)
+            k, v = (x[rows, :, some].to(torch.float32)[:, None] for x in (part.k, part.v))
+            yield _Block(row, k, v, part.positions[rows, some])
+
+
 def _blocks(packed: PackedTokens | None, full: Sequence[FullTokens]) -> Iterator[_Block]:
     for part in full:
-        step = max(PAGE_TOKENS, _KV_WORKSPACE_BYTES // (2 * 4 * part.k[:, :, 0].numel()))
-        for first in range(0, part.k.shape[2], step):
-            some = slice(first, first + step)
-            k, v = (x[:, :, some].to(torch.float32)[:, None] for x in (part.k, part.v))
-            yield _Block(0, k, v, part.positions[:, some])
+        yield from _full_blocks(part)
     if packed is None:
         return
     heads, head_dim = packed.slabs[0].kv_heads, packed.slabs[0].head_dim
