@@ -22,13 +22,18 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench test-slow clean
+.PHONY: help demo eval test check bench test-slow clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort -u | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(DEMO_STAMP) build/demo_prompt.txt ## generate with a real bundled model and a packed KV cache
-	$(BIN)/occamkv run smollm2 --prompt-file build/demo_prompt.txt --max-new-tokens 64 --method oscar
+	$(BIN)/occamkv run smollm2 --prompt-file build/demo_prompt.txt --max-new-tokens 64
+
+eval: $(DEMO_STAMP) ## measure a few methods on the bundled model; writes build/eval.json and build/eval.html
+	mkdir -p build
+	$(BIN)/occamkv eval smollm2 --method occam,oscar,kivi,turboquant --windows 1 --length 1024 --score-from 512 \
+		--generated 32 --prompt 512 --probes 1 --probe-lengths 512 --probe-depths 0.5 --json build/eval.json --html build/eval.html
 
 check: $(DEV_STAMP) ## the fast checks, before every commit: format, lint, layers, types, unit tests
 	$(BIN)/ruff format --check .
@@ -39,6 +44,7 @@ check: $(DEV_STAMP) ## the fast checks, before every commit: format, lint, layer
 
 test: check $(OLDEST_STAMP) ## what CI runs: check, the real models, the oldest supported transformers
 	$(PYTEST) -m "model and not slow"
+	$(MAKE) eval
 	@echo "With transformers $(OLDEST_TRANSFORMERS):"
 	@PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(OLDEST_TRANSFORMERS)", t'
 	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(PYTEST_TWO) tests/integrations -m "not slow and not model"

@@ -28,14 +28,14 @@ def status(field: str) -> int:
 def one(args: argparse.Namespace) -> None:
     """In a fresh process: read the prompt, decode some tokens, print what memory did as JSON."""
     import torch
-    from quality import read_text
 
     from occamkv import PackedCache
     from occamkv.cli.models import load
+    from occamkv.evals.texts import read_text
 
     torch.manual_seed(0)
     model, tokenizer = load(args.model, device="cpu", dtype="bfloat16")
-    ids = torch.tensor([tokenizer(read_text(None)).input_ids[: args.tokens]])
+    ids = torch.tensor([tokenizer(read_text().text).input_ids[: args.tokens]])
     with torch.no_grad():  # the same work once, small, so that first-call allocations are not counted
         model(ids[:, :256], past_key_values=PackedCache(model, args.one), logits_to_keep=1)
         before = status("VmRSS")
@@ -61,7 +61,7 @@ def main() -> None:
     """Run each method in fresh processes and write the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--methods", default="full,oscar")
+    parser.add_argument("--methods", default="full,occam")
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--chunk", type=int, default=0, help="tokens a call; 0: the whole prompt in one")
     parser.add_argument("--repeat", type=int, default=5)
@@ -93,7 +93,7 @@ def main() -> None:
             ),
             method,
         )
-    from conditions import conditions
+    from occamkv.cli.conditions import conditions
 
     result = {
         "schema_version": 1,

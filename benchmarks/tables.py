@@ -9,6 +9,8 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +30,69 @@ def under(data: dict[str, Any]) -> str:
     return f"`{data['command']}` on {data['machine']}, {versions}, {data['date']}."
 
 
-def quality() -> str:
-    """Return the table of methods."""
-    data = read("quality")
-    protocol = data["protocol"]
+def quality(*files: str, only: tuple[str, ...] = ()) -> str:
+    """Return the table of methods, or of some of them, from result files of `occamkv eval`."""
+    runs = [read(name) for name in files]
+    protocol = runs[0]["protocol"]
     lines = [
-        "| model | method | bits per value | KL | same top | perplexity | cache at "
-        f"{protocol['length']} tokens, packed layers and others |",
-        "|---|---|---|---|---|---|---|",
+        "| model | method | bits | KL | 95 % | same top | perplexity | probes | "
+        f"cache at {protocol['length']} tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in data["rows"]:
-        size = f"{row['cache_bytes'] / 2**20:.1f} MiB of {row['full_bytes'] / 2**20:.1f}"
-        lines.append(
-            f"| {row['model']} ({row['packed_layers']} of {row['layers']} layers) | `{row['method']}` | "
-            f"{row['bits_per_value']:.2f} | {row['kl_mean']:.4f} | {100 * row['same_top']:.1f} % | "
-            f"{row['perplexity']:.2f} | {size} |"
-        )
+    for data in runs:
+        for row in data["rows"]:
+            if only and row["method"] not in only:
+                continue
+            interval = "{:.4f}-{:.4f}".format(*row["kl_mean_ci"])
+            probes = row.get("probes")
+            size = f"{row['cache_bytes'] / 2**20:.1f} MiB of {row['full_bytes'] / 2**20:.1f}"
+            asked = f"{100 * probes['exact']:.0f} %, {probes['logprob']:.2f}" if probes else ""
+            lines.append(
+                f"| {data['model']['name']} ({row['packed_layers']} of {row['layers']} layers) | `{row['method']}` | "
+                f"{row['bits_per_value']:.2f} | {row['kl_mean']:.4f} | {interval} | {100 * row['same_top']:.1f} % | "
+                f"{row['perplexity']:.2f} | {asked} | {size} |"
+            )
     words = (
-        f"KL(full \\|\\| quantized) in nats over {data['rows'][0]['positions']} positions of "
-        f"{protocol['windows']} windows of {protocol['length']} tokens of the {data['text']['name']}, "
-        "read through the cache; `full` is the control. "
+        f"KL(full \\|\\| packed) in nats over {runs[0]['rows'][0]['positions']} positions of {protocol['windows']} "
+        f"windows of {protocol['length']} tokens of {runs[0]['text']['name']}, read through the cache; `full` is the "
+        "control."
     )
-    return "\n".join([*lines, "", words + under(data)])
+    if any(row.get("probes") for data in runs for row in data["rows"]):
+        asked = runs[0]["rows"][0]["probes"]["count"]
+        words += f" Probes: share of {asked} answered exactly, and mean log-probability of the answer."
+    return "\n".join([*lines, "", words, *(under(data) for data in runs)])
+
+
+def by_model(name: str, key: str) -> str:
+    """Return a table with one line per `key` and one column of KL per model."""
+    data = read(name)
+    models = list(dict.fromkeys(row["model"] for row in data["rows"]))
+    cells: dict[str, dict[str, Any]] = {}
+    for row in data["rows"]:
+        cells.setdefault(row[key], {})[row["model"]] = row
+    bits = "bits_per_value" in data["rows"][0]
+    lines = [
+        f"| {key} | " + " | ".join(f"{'bits, ' if bits else ''}KL, {model}" for model in models) + " |",
+        "|---" * (len(models) + 1) + "|",
+    ]
+    for label, found in cells.items():
+        if label == "full":
+            continue
+        values = [
+            (f"{found[model]['bits_per_value']:.2f}, " if bits else "") + f"{found[model]['kl_mean']:.4f}"
+            if model in found
+            else ""
+            for model in models
+        ]
+        lines.append(f"| {label} | " + " | ".join(values) + " |")
+    return "\n".join([*lines, "", under(data)])
 
 
 def memory() -> str:
     """Return the sentence about resident memory."""
     data = read("memory")
     rows = {row["method"]: row for row in data["rows"]}
-    full, packed = rows["full"], rows["oscar"]
+    full, packed = rows["full"], rows["occam"]
 
     def mib(row: dict[str, Any], key: str) -> str:
         return f"{row[key] / 2**20:.0f} MiB"
@@ -64,13 +100,24 @@ def memory() -> str:
     ratio = full["cache_bytes"] / packed["cache_bytes"]
     return (
         f"**{ratio:.1f}x smaller**: {full['tokens']} tokens of {data['model']} (bfloat16) take "
-        f"{mib(full, 'cache_bytes')} in a full cache and {mib(packed, 'cache_bytes')} in a packed one (`oscar`); "
+        f"{mib(full, 'cache_bytes')} in a full cache and {mib(packed, 'cache_bytes')} in a packed one (`occam`); "
         f"the process grows by {mib(full, 'growth_bytes')} and by {mib(packed, 'growth_bytes')} "
         f"(peak {mib(full, 'peak_growth_bytes')} and {mib(packed, 'peak_growth_bytes')}). " + under(data)
     )
 
 
-BLOCKS = {"README.md": {"memory": memory, "quality": quality}}
+SHOWN = (
+    *("full", "occam_small", "occam", "occam_quality", "occam_quality_k3v2_g64"),
+    *("oscar", "kivi", "turboquant", "turboquant_k3v3"),
+)
+EVAL = ("eval-smollm2", "eval-gemma3")
+WIKITEXT = ("eval-smollm2-wikitext2", "eval-gemma3-wikitext2")
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"memory": memory, "quality": partial(quality, *EVAL, only=SHOWN)},
+    "docs/methods.md": {
+        "all": partial(quality, *EVAL),
+    },
+}
 
 
 def render(text: str, blocks: dict[str, Any]) -> str:

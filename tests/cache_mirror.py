@@ -3,7 +3,6 @@
 Unpacked tokens are exact up to one rounding: the cache holds them in cache space, in the model's dtype.
 """
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from occamkv.cache.masks import Seen, read_mask
 from occamkv.formats.pages import Pages
 from occamkv.formats.records import Records
 from occamkv.methods import Method
-from some_attention import some_balance, some_tokens, space_of
+from some_attention import plant_outliers, some_statistics, some_tokens, space_of
 
 COUNTERS = ("packed_reads", "dense_reads")
 
@@ -51,8 +50,10 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def held_bytes(cache: LayerCache) -> int:
-    """Bytes of all storages that a cache holds, each once; the balance vector belongs to the model."""
-    tensors = (x for path, x in leaves(cache).items() if isinstance(x, Tensor) and not path.endswith("balance"))
+    """Bytes of all storages that a cache holds, each once; the statistics and what is made of them tell the model."""
+    not_own = (".statistics", "._crossing", ".feedback")
+    own = {path: x for path, x in leaves(cache).items() if not any(part in path for part in not_own)}
+    tensors = (x for x in own.values() if isinstance(x, Tensor))
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
@@ -81,12 +82,12 @@ def page_of(slabs: Sequence[Pages], starts: Sequence[int], number: int) -> tuple
 
 
 def contents(cache: LayerCache, row: int) -> list[Tensor]:
-    """All bits that one sequence holds: packed, then residual and pins in order of position, in cache space."""
+    """All bits that one sequence holds: packed, then residual and pins in cache space, and where the pins are."""
     store, counts = cache.store, cache.store.rows[row]
     slots = torch.arange(counts.packed, counts.packed + counts.residual) % store.residual_k.shape[2]
     residual = [x[row][:, slots] for x in (store.residual_k, store.residual_v)]
     pins = [x[row][:, : counts.pinned] for x in (store.pin_k, store.pin_v)]
-    return [*records_of(cache, row), *residual, *pins]
+    return [*records_of(cache, row), *residual, *pins, torch.tensor(counts.pins, dtype=torch.int64)]
 
 
 def assert_same_contents(first: list[Tensor], second: list[Tensor]) -> None:
@@ -113,22 +114,25 @@ class Mirror:
         head_dim: int = 32,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        outliers: float = 0.0,
         **options: Any,
     ) -> None:
-        balance = some_balance(heads, head_dim) if form.k_rotation == "balanced" else None
-        self.cache = LayerCache(form, balance=balance, **options)
-        self.shape, self.dtype = (heads, head_dim), dtype
-        self.space = space_of(form, head_dim, balance)
+        statistics = some_statistics(form, heads, head_dim)
+        self.cache = LayerCache(form, statistics=statistics, **options)
+        self.shape, self.dtype, self.outliers = (heads, head_dim), dtype, outliers
+        self.space = space_of(form, head_dim, None if statistics is None else statistics.balance)
         self.generator = torch.Generator().manual_seed(seed)
         self.k = [torch.zeros(heads, 0, head_dim).double() for _ in range(batch)]
         self.v = list(self.k)
         self.real = torch.zeros(batch, 0, dtype=torch.bool)
 
     def fresh(self, count: int) -> tuple[Tensor, Tensor]:
-        """New K and V `[B, H, T, D]`."""
+        """New K and V `[B, H, T, D]`; about a share of `outliers` of the tokens stick out."""
         shape = (len(self.k), self.shape[0], count, self.shape[1])
-        k, v = (some_tokens(*shape, generator=self.generator).to(self.dtype) for _ in range(2))
-        return k, v
+        k, v = (some_tokens(*shape, generator=self.generator) for _ in range(2))
+        if self.outliers:
+            plant_outliers(k, v, share=self.outliers, generator=self.generator)
+        return k.to(self.dtype), v.to(self.dtype)
 
     def put(self, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Seen | None:
         """Update the cache and note the tokens; return the mask as read. `kept`: bool `[B, T]`, False for pads."""
@@ -180,7 +184,7 @@ class Mirror:
             k[row, :, :count], v[row, :, :count] = self.k[row], self.v[row]
             positions[row, :count] = torch.arange(count)
             if self.cache.store is not None and (counts := self.cache.store.rows[row]).packed:
-                packed = slice(counts.pinned, counts.pinned + counts.packed)
+                packed = [at for at in range(count) if at not in counts.pins][: counts.packed]
                 k[row, :, packed], v[row, :, packed] = self.decoded(row)
         return k, v, positions
 
@@ -196,14 +200,11 @@ class Mirror:
     def remove(self, count: int) -> None:
         """Crop; tokens of a cut group are from now on what they had been decoded to."""
         k, v, _ = self.expected()
-        old = [] if self.cache.store is None else [copy.copy(row) for row in self.cache.store.rows]
         self.cache.remove(count)
         kept = self.real.shape[1] - count
-        for row, before in enumerate(old):
+        for row in range(len(self.k)):
             tokens = int(self.real[row, :kept].sum())
-            self.k[row], self.v[row] = self.k[row][:, :tokens], self.v[row][:, :tokens]
-            if tokens < before.pinned + before.packed:
-                self.k[row], self.v[row] = k[row, :, :tokens], v[row, :, :tokens]
+            self.k[row], self.v[row] = k[row, :, :tokens], v[row, :, :tokens]
         self.real = self.real[:, :kept]
 
     def select(self, rows: Sequence[int]) -> None:

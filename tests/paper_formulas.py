@@ -1,5 +1,6 @@
 """The published quantizers, written from their formulas in float64, and the checks that compare occamkv with them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +68,52 @@ def minmax_quantizer(x: Tensor, bits: int, dim: int) -> Coded:
     quotient = (x - low) / delta
     codes = torch.round(quotient)
     return Coded(codes, codes * delta + low, distance_from_tie(quotient) > TIE)
+
+
+def clipped_quantizer(share: float) -> Callable[[Tensor, int, int], Coded]:
+    """The min-max quantizer of `share` of the range around its middle; what lies outside takes the nearest end."""
+
+    def quantizer(x: Tensor, bits: int, dim: int) -> Coded:
+        low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+        delta = share * (high - low) / (2**bits - 1)
+        start = (low + high - share * (high - low)) / 2
+        quotient = (x - start) / delta
+        codes = torch.round(quotient).clamp(0, 2**bits - 1)
+        return Coded(codes, codes * delta + start, distance_from_tie(quotient) > TIE)
+
+    return quantizer
+
+
+def unbiased_quantizer(share: float) -> Callable[[Tensor, int, int], Coded]:
+    """`clipped_quantizer`, then with the step at which its codes, as numbers, have slope 1 on x (twice at most)."""
+
+    def quantizer(x: Tensor, bits: int, dim: int) -> Coded:
+        first = clipped_quantizer(share)(x, bits, dim)
+        delta = share * (x.amax(dim, keepdim=True) - x.amin(dim, keepdim=True)) / (2**bits - 1)
+        mean, middle = x.mean(dim, keepdim=True), first.codes.mean(dim, keepdim=True)
+        together = ((x - mean) * (first.codes - middle)).sum(dim, keepdim=True)
+        wider = torch.minimum((x - mean).square().sum(dim, keepdim=True) / together, 2 * delta)
+        start = mean - wider * middle
+        quotient = (x - start) / wider
+        codes = torch.round(quotient).clamp(0, 2**bits - 1)
+        clear = first.clear & (distance_from_tie(quotient) > TIE)
+        return Coded(codes, codes * wider + start, clear)
+
+    return quantizer
+
+
+def slow_sinkhorn(k: np.ndarray) -> np.ndarray:
+    """After arXiv:2606.03458: eight rounds over channels and tokens of one group `[H, G, D]`, float64, as loops."""
+    columns = k.transpose(1, 0, 2).reshape(k.shape[1], -1).astype(np.float64).copy()
+    original, product = columns.copy(), np.ones(len(columns))
+    for _ in range(8):
+        for c in range(columns.shape[1]):
+            columns[:, c] /= columns[:, c].std(ddof=1) or 1.0
+        for t in range(len(columns)):
+            divisor = np.sqrt((columns[t] ** 2).mean()) or 1.0
+            columns[t] /= divisor
+            product[t] *= divisor
+    return product / product.max() * np.sqrt((original**2).sum(1)).max()
 
 
 def per_channel(quantizer, x: Tensor, bits: int, tokens: int) -> Coded:

@@ -2,6 +2,8 @@
 
 A record is `k_codes | k_scale | k_minimum | v_codes | v_scale | v_minimum`. Codes are token-major `[G][padded D]` bit
 planes; metadata is `[padded D]` for per-channel groups and `[G][groups]` for per-token groups; all little-endian.
+With 2.5 bits all tokens of the first half of the padded channels come first, in 3 bits, then the second half in 2.
+With Lloyd-Max levels the scale is a root mean square and there is no minimum.
 """
 
 from typing import NamedTuple
@@ -10,17 +12,38 @@ import numpy as np
 
 PLANE_WIDTHS = {2: (2,), 3: (2, 1), 4: (2, 2)}
 
+# The upper half of the Lloyd-Max levels of the unit normal: Newton's method with 40 digits on Max's equations (1960).
+UPPER_LEVELS = {
+    2: (0.452780034636, 1.5104176085),
+    3: (0.245094178944, 0.756005281206, 1.3439092785, 2.15194570454),
+    4: (
+        *(0.128395029851, 0.38804829949, 0.656759118532, 0.942340456487),
+        *(1.25623119735, 1.61804638602, 2.06901722653, 2.732589571),
+    ),
+}
+LEVELS = {
+    bits: np.array([*(-x for x in reversed(upper)), *upper]).astype(np.float32).astype(np.float64)
+    for bits, upper in UPPER_LEVELS.items()
+}
+
 
 class Side(NamedTuple):
     """K or V of a record: where its bytes lie and how they group."""
 
-    bits: int
+    bits: float
     per_channel: bool
     group: int
     tokens: int
     head_dim: int
     width: int
     meta_bytes: int
+    lloyd: bool
+
+    @property
+    def runs(self) -> list[tuple[int, slice]]:
+        """Bits of a code, and the padded channels that have so many."""
+        half = self.width // 2
+        return [(3, slice(0, half)), (2, slice(half, self.width))] if self.bits == 2.5 else [(self.bits, slice(None))]
 
     @property
     def groups(self) -> int:
@@ -34,12 +57,28 @@ class Side(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Bytes of codes, scale and minimum."""
-        return self.tokens * self.width * self.bits // 8, self.groups * self.meta_bytes, self.groups * self.meta_bytes
+        codes = self.tokens * self.width * self.bits / 8
+        assert codes == int(codes)
+        return int(codes), self.groups * self.meta_bytes, 0 if self.lloyd else self.groups * self.meta_bytes
 
     def group_of(self) -> np.ndarray:
         """Number of the group of each value, int [tokens, head_dim]."""
         token, channel = np.mgrid[: self.tokens, : self.head_dim]
         return channel if self.per_channel else token * self.groups_per_token + channel // self.group
+
+    def meaning(self, codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+        """What codes [tokens, width] stand for, float64 [tokens, head_dim]; NaN where there is no such code."""
+        codes, group = codes[:, : self.head_dim], self.group_of()
+        most = np.zeros(self.width, dtype=np.int64)
+        for bits, channels in self.runs:
+            most[channels] = bits
+        most = most[: self.head_dim]
+        if not self.lloyd:
+            return np.where(codes < 2**most, codes * scale[group] + minimum[group], np.nan)
+        table = np.full((5, 16), np.nan)
+        for bits, levels in LEVELS.items():
+            table[bits, : 2**bits] = levels
+        return table[most, codes] * scale[group]
 
 
 def sides(format, head_dim: int) -> tuple[Side, Side]:
@@ -51,6 +90,7 @@ def sides(format, head_dim: int) -> tuple[Side, Side]:
         "head_dim": head_dim,
         "width": (head_dim + 31) // 32 * 32,
         "meta_bytes": format.metadata_bits // 8,
+        "lloyd": format.levels == "lloyd",
     }
     k = Side(format.k_bits, per_channel, min(format.k_group, head_dim), **shared)
     return k, Side(format.v_bits, False, min(format.v_group, head_dim), **shared)
@@ -69,19 +109,23 @@ E4M3 = np.array([e4m3(b) for b in range(256)])
 
 def read_codes(raw: np.ndarray, side: Side) -> np.ndarray:
     """Codes of one side, int [tokens, width]: value = sum of plane * weight."""
-    count, start, first_bit = side.tokens * side.width, 0, 0
-    codes = np.zeros(count, dtype=np.int64)
-    for plane_width in PLANE_WIDTHS[side.bits]:
-        size = count * plane_width // 8
-        bit = np.unpackbits(raw[start : start + size], bitorder="little").reshape(count, plane_width)
-        for j in range(plane_width):
-            codes += bit[:, j].astype(np.int64) << (first_bit + j)
-        start, first_bit = start + size, first_bit + plane_width
-    return codes.reshape(side.tokens, side.width)
+    codes = np.zeros((side.tokens, side.width), dtype=np.int64)
+    start = 0
+    for bits, channels in side.runs:
+        run, first_bit = codes[:, channels], 0
+        for plane_width in PLANE_WIDTHS[bits]:
+            size = run.size * plane_width // 8
+            bit = np.unpackbits(raw[start : start + size], bitorder="little").reshape(*run.shape, plane_width)
+            for j in range(plane_width):
+                run += bit[..., j].astype(np.int64) << (first_bit + j)
+            start, first_bit = start + size, first_bit + plane_width
+    return codes
 
 
 def read_metadata(scale: np.ndarray, minimum: np.ndarray, super_scale: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and minimum of each group in float64."""
+    """Scale and minimum of each group in float64; the minimum is 0 where none is stored."""
+    if not minimum.size:
+        return scale.view("<f2").astype(np.float64), np.zeros(scale.size // 2)
     if super_scale is None:
         return scale.view("<f2").astype(np.float64), minimum.view("<f2").astype(np.float64)
     wide = E4M3[scale] * super_scale
@@ -102,9 +146,7 @@ def read_side(raw: np.ndarray, side: Side, super_scale: float | None) -> SlowSid
     codes_end, scale_end = side.sizes[0], side.sizes[0] + side.sizes[1]
     codes = read_codes(raw[:codes_end], side)
     scale, minimum = read_metadata(raw[codes_end:scale_end], raw[scale_end:], super_scale)
-    group = side.group_of()
-    values = codes[:, : side.head_dim] * scale[group] + minimum[group]
-    return SlowSide(codes, scale, minimum, values.astype(np.float32))
+    return SlowSide(codes, scale, minimum, side.meaning(codes, scale, minimum).astype(np.float32))
 
 
 def read_record(raw: np.ndarray, format, head_dim: int, supers: np.ndarray | None) -> tuple[SlowSide, SlowSide]:

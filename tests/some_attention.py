@@ -14,7 +14,18 @@ from occamkv import kernels
 from occamkv.formats.records import Records, encode, to_groups
 from occamkv.kernels import FullTokens, PackedTokens
 from occamkv.methods import Method, method
+from occamkv.methods.crossing import Statistics
 from scattered_pages import scatter
+
+ASKS_AND_FINDS = {
+    "occam": method("occam"),
+    "occam_quality": method("occam_quality"),
+    "turboquant": method("turboquant"),
+    "ott": method("ott"),
+    "kvarn": method("kvarn"),
+    "rotatekv, which finds pins and flushes in blocks": method("rotatekv"),
+}
+"""Methods that use statistics, random signs, another norm, or pins that are found."""
 
 METHODS = {
     "oscar": method("oscar"),
@@ -22,6 +33,7 @@ METHODS = {
     "quarot": method("quarot"),
     "rtn": method("rtn"),
     "kivi-k3v4-with-8-bit-metadata": method("kivi_k3v4_m8"),
+    "lloyd-max-levels-of-2.5-and-3-bits": method("turboquant_k2.5v3", k_rotation="hadamard", v_rotation="hadamard"),
     "oscar-k4v3-balanced-with-float16-norms": method("oscar_k4v3_g64", k_rotation="balanced", norm_dtype="float16"),
 }
 
@@ -85,7 +97,7 @@ class Case:
 
 
 class Space(NamedTuple):
-    """Model space and cache space by explicit matrices, float64."""
+    """Model space and cache space by explicit orthonormal matrices, float64; d is what K is multiplied by before."""
 
     k_matrix: Tensor
     v_matrix: Tensor
@@ -97,7 +109,7 @@ class Space(NamedTuple):
 
     def to_model(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """`[..., H, T, D]` from cache space."""
-        return k.double() @ self.k_matrix / self.d, v.double() @ self.v_matrix
+        return k.double() @ self.k_matrix.T / self.d, v.double() @ self.v_matrix.T
 
 
 def space_of(form: Method, head_dim: int, balance: Tensor | None) -> Space:
@@ -107,8 +119,23 @@ def space_of(form: Method, head_dim: int, balance: Tensor | None) -> Space:
         hadamard_matrix(head_dim, None if rotation == "none" else largest)
         for rotation in (form.k_rotation, form.v_rotation)
     )
+    if form.k_rotation == "random":
+        k_matrix = torch.diag(fixed_signs(head_dim)) @ k_matrix
+    if form.v_rotation == "random":
+        v_matrix = torch.diag(fixed_signs(head_dim)) @ v_matrix
     d = torch.ones(1, 1, head_dim).double() if balance is None else balance.double()[:, None]
     return Space(k_matrix, v_matrix, d)
+
+
+def fixed_signs(head_dim: int) -> Tensor:
+    """The signs of a random-sign rotation, float64 `[D]`: the lowest bits of splitmix64 seeded with "occamkv"."""
+    signs, mask = [], 2**64 - 1
+    for i in range(1, head_dim + 1):
+        z = int.from_bytes(b"occamkv", "big") + i * 0x9E3779B97F4A7C15 & mask
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            z = (z ^ z >> shift) * factor & mask
+        signs.append(2.0 * (z & 1) - 1.0)
+    return torch.tensor(signs, dtype=torch.float64)
 
 
 def some_balance(heads: int, head_dim: int, seed: int = 0) -> Tensor:
@@ -116,11 +143,29 @@ def some_balance(heads: int, head_dim: int, seed: int = 0) -> Tensor:
     return torch.exp(0.5 * torch.randn(heads, head_dim, generator=torch.Generator().manual_seed(seed)))
 
 
+def some_statistics(form: Method, heads: int, head_dim: int) -> Statistics | None:
+    """Statistics for a method that needs a model's: the balance vector, and a moment of correlated queries."""
+    if not form.needs_model:
+        return None
+    mixing = torch.randn(heads, head_dim, head_dim, generator=torch.Generator().manual_seed(1))
+    return Statistics(some_balance(heads, head_dim), mixing @ mixing.transpose(1, 2) / head_dim)
+
+
 def some_tokens(*shape: int, generator: torch.Generator) -> Tensor:
     """K or V `[..., T, D]` in model space with unequal channels and tokens."""
     channels = torch.exp(0.5 * torch.randn(shape[-1], generator=generator))
     each = torch.exp(0.3 * torch.randn(*shape[:-1], 1, generator=generator))
     return torch.randn(*shape, generator=generator) * channels * each + 0.3
+
+
+def plant_outliers(k: Tensor, v: Tensor, *, share: float, generator: torch.Generator) -> None:
+    """Turn about this share of the tokens `[B, H, T, D]` into sinks (short K and V) or loud keys, in place."""
+    for row in range(k.shape[0]):
+        dice = torch.rand(k.shape[2], generator=generator)
+        sinks, loud = dice < share / 2, (dice >= share / 2) & (dice < share)
+        k[row][:, sinks] *= 0.25
+        v[row][:, sinks] *= 0.1
+        k[row][:, loud] *= 4
 
 
 def make_case(
@@ -166,7 +211,7 @@ def make_case(
 def pack(k: Tensor, v: Tensor, form: Method) -> Records:
     """Records of one sequence, `[H, T, D]` in cache space."""
     groups = (to_groups(x[None].float(), form.packed_format.record_tokens) for x in (k, v))
-    return encode(*groups, format=form.packed_format, grid=form.grid, clip=form.clip)
+    return encode(*groups, format=form.packed_format, grid=form.grid, clip=form.clip, norm=form.norm)
 
 
 def place(fresh: Any, rows: Sequence[tuple[int, int, int]], *, slots: int, dtype: torch.dtype) -> FullTokens:

@@ -8,18 +8,21 @@ from occamkv.formats import Format
 
 
 @st.composite
-def formats(draw) -> Format:
-    """Every format that can be written."""
+def formats(draw, *levels: str) -> Format:
+    """Every format that can be written; with `levels` only those."""
     k_axis = draw(st.sampled_from(["channel", "token"]))
+    chosen = draw(st.sampled_from(levels or ("uniform", "lloyd")))
+    widths = [2, 3, 4] + [2.5] * (chosen == "lloyd")
     return Format(
-        k_bits=draw(st.sampled_from([2, 3, 4])),
-        v_bits=draw(st.sampled_from([2, 3, 4])),
+        k_bits=draw(st.sampled_from(widths)),
+        v_bits=draw(st.sampled_from(widths)),
         k_axis=k_axis,
         k_group=draw(st.sampled_from([32, 64, 128] if k_axis == "channel" else [32, 64, 128, 256])),
         v_group=draw(st.sampled_from([32, 64, 128, 256])),
         token_scale=draw(st.booleans()),
         norm_dtype=draw(st.sampled_from(["float32", "float16"])),
-        metadata_bits=draw(st.sampled_from([16, 8])),
+        metadata_bits=16 if chosen == "lloyd" else draw(st.sampled_from([16, 8])),
+        levels=chosen,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from occamkv.cache import CacheReport, Plan
     from occamkv.formats import Format
-    from occamkv.integrations.transformers import PackedCache, attach, fold
+    from occamkv.integrations.transformers import PackedCache, attach, fold, fold_balance
     from occamkv.methods import METHOD_NAMES, Method, method
 
 __version__ = "0.1.0.dev0"
@@ -23,6 +23,7 @@ _HOMES = {
     "Plan": "occamkv.cache",
     "attach": "occamkv.integrations.transformers",
     "fold": "occamkv.integrations.transformers",
+    "fold_balance": "occamkv.integrations.transformers",
     "method": "occamkv.methods",
 }
 
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "attach",
     "fold",
+    "fold_balance",
     "method",
 ]
 

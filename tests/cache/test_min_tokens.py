@@ -7,14 +7,14 @@ from cache_mirror import Mirror, left_padded
 from occamkv.cache import LayerCache
 from occamkv.errors import UnsupportedInput
 from occamkv.methods import method
+from occamkv.methods.crossing import Statistics
 
 
-@pytest.mark.parametrize("name", ["kivi", "oscar_roll"])
+@pytest.mark.parametrize("name", ["kivi", "oscar_roll", "occam", "occam_quality", "ott"])
 @pytest.mark.parametrize("steps", [[60], [1] * 60, [30, 1, 1, 28]], ids=["at once", "token by token", "mixed"])
 def test_one_sequence_packs_while_another_still_waits(name, steps):
     """The ring then holds more than 128 tokens of one row and fewer of the other."""
-    mirror = Mirror(method(name), batch=2)
-    mirror.cache = LayerCache(mirror.cache.method, min_tokens=300)
+    mirror = Mirror(method(name), batch=2, outliers=0.04, min_tokens=300)
     mirror.step(250, kept=left_padded(250, 0, 130))
     for count in steps:
         mirror.step(count)
@@ -29,7 +29,7 @@ def test_one_sequence_packs_while_another_still_waits(name, steps):
 
 
 def test_a_balance_vector_that_the_method_does_not_use_is_refused():
-    cache = LayerCache(method("oscar"), balance=torch.ones(2, 32))
+    cache = LayerCache(method("oscar"), statistics=Statistics(torch.ones(2, 32)))
     with pytest.raises(UnsupportedInput, match="balance was given"):
         cache.update(torch.randn(1, 2, 5, 32), torch.randn(1, 2, 5, 32))
     assert cache.length == 0

@@ -7,12 +7,13 @@ import torch
 
 from cache_mirror import Mirror, assert_same, assert_same_contents, contents, leaves, left_padded, records_of
 from occamkv.methods import method
+from some_attention import ASKS_AND_FINDS
 
-FORMS = {"block": method("oscar"), "rolling with pins": method("kivi_k3v4_m8_roll", pins="first:4")}
+FORMS = {"block": method("oscar"), "rolling with pins": method("kivi_k3v4_m8_roll", pins="first:4")} | ASKS_AND_FINDS
 
 
 def filled(name: str, tokens: int = 330) -> Mirror:
-    mirror = Mirror(FORMS[name], batch=3)
+    mirror = Mirror(FORMS[name], batch=3, outliers=0.04)
     mirror.step(tokens, kept=left_padded(tokens, 0, 40, 100))
     return mirror
 

@@ -6,18 +6,27 @@ import torch
 from cache_mirror import Mirror, held_bytes, left_padded
 from occamkv.cache import LayerCache
 from occamkv.methods import method
-from some_attention import METHODS
+from some_attention import ASKS_AND_FINDS, METHODS
 
-FORMS = METHODS | {
-    "oscar-rolling-with-pins": method("oscar_roll", pins="first:4"),
-    "kivi-m8-g64": method("kivi_g64_m8"),
-}
+FORMS = (
+    METHODS
+    | ASKS_AND_FINDS
+    | {
+        "oscar-rolling-with-pins": method("oscar_roll", pins="first:4"),
+        "kivi-m8-g64": method("kivi_g64_m8"),
+    }
+)
 LENGTHS = (1, 3, 4, 5, 127, 128, 129, 131, 132, 160, 255, 256, 260, 300, 1000, 4096)
+
+
+def calm(*shape: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of tokens of about one length, so that no pin is found."""
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
 
 
 def one_shot(form, tokens: int, *, batch=2, heads=3, head_dim=64, dtype=torch.bfloat16) -> LayerCache:
     mirror = Mirror(form, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype)
-    mirror.put(*mirror.fresh(tokens))
+    mirror.put(*calm(batch, heads, tokens, head_dim, dtype=dtype))
     mirror.cache.commit()
     return mirror.cache
 
@@ -37,7 +46,7 @@ def test_a_growing_cache_takes_the_bytes_of_a_prompt(name):
     mirror = Mirror(FORMS[name], heads=3, head_dim=80)
     tokens = 0
     for count in (100, *[1] * 60, 200, *[1] * 40):
-        mirror.put(*mirror.fresh(count))
+        mirror.put(*calm(1, 3, count, 80))
         mirror.cache.commit()
         tokens += count
         told = FORMS[name].nbytes(tokens, kv_heads=3, head_dim=80, dtype_bytes=4)

@@ -33,10 +33,12 @@ def test_run_packs_all_layers_of_the_bundled_model_at_a_small_cost(tmp_path):
     assert 1 <= data["new_tokens"] <= 16
     assert data["text"].strip() in done.stdout
     assert (cache["packed_layers"], cache["full_layers"]) == (30, 0)
-    assert all(layer["packed_tokens"] == cache["tokens"] // 128 * 128 for layer in data["report"]["layers"])
+    rolled = (cache["tokens"] - 4 - 128) // 32 * 32 + 32  # 4 pins, then the oldest 32 whenever 128 are unpacked
+    assert all(layer["packed_tokens"] == rolled for layer in data["report"]["layers"])
     assert cache["computed_bytes"] == cache["measured_bytes"] < cache["computed_full_bytes"] / 2
     assert cache["computed_full_bytes"] == 30 * 2 * 3 * 64 * 2 * cache["tokens"]
-    assert cache["bits_per_value"] == pytest.approx(3 + 32 / (2 * 3 * 64))
+    norm, super_scales = 16 / (2 * 3 * 64), 4 * 8 / (2 * 32 * 64)
+    assert cache["bits_per_value"] == pytest.approx(2.5 + norm + super_scales)
     assert 0.005 < fidelity["kl_mean"] < 0.5
     assert 0.7 < fidelity["same_top"] < 1
     assert 1 < fidelity["perplexity_full"] < fidelity["perplexity"] * 1.05 < 100

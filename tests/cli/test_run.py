@@ -42,7 +42,7 @@ def run(occamkv, folder_of, prompt_of):
     return run_json
 
 
-@pytest.mark.parametrize("method", ["oscar", "oscar_roll"])
+@pytest.mark.parametrize("method", ["occam", "oscar", "oscar_roll"])
 def test_the_text_is_what_the_model_generates_with_a_packed_cache(run, generated, method):
     text = run("--method", method, "--max-new-tokens", 20)["text"]
     assert text == generated(20, method)
@@ -71,12 +71,12 @@ def test_a_short_prompt_runs_and_says_that_nothing_is_packed_yet(occamkv, folder
     prompt = ("--prompt", saved_models.text(tokens), "--max-new-tokens", 4)
     done = occamkv("run", folder_of("packable"), *prompt)
     assert done.code == 0, done.err
-    assert f"nothing packed yet: {tokens + 3} tokens, packing starts at 128" in done.out
+    assert f"nothing packed yet: {tokens + 3} tokens, packing starts at 132" in done.out
     assert f"{tokens} prompt + 4 new" in done.out
 
 
-def test_once_128_tokens_are_there_nothing_is_packed_yet_is_no_longer_said(occamkv, folder_of):
-    done = occamkv("run", folder_of("packable"), "--prompt", saved_models.text(125), "--max-new-tokens", 4)
+def test_once_132_tokens_are_there_nothing_is_packed_yet_is_no_longer_said(occamkv, folder_of):
+    done = occamkv("run", folder_of("packable"), "--prompt", saved_models.text(129), "--max-new-tokens", 4)
     assert (done.code, "nothing packed yet" in done.out) == (0, False)
 
 
@@ -184,13 +184,13 @@ def test_without_a_terminal_stderr_stays_empty(occamkv, folder_of, prompt_of):
 def test_the_text_goes_to_stdout_in_one_line_beside_the_progress(
     occamkv, folder_of, prompt_of, generated, on_a_terminal
 ):
-    done, text = short_run(occamkv, folder_of, prompt_of), generated(6, "oscar")
+    done, text = short_run(occamkv, folder_of, prompt_of), generated(6, "occam")
     assert done.out.startswith(text + "\n")
     assert text.split()[-1] not in done.err
 
 
 def test_the_text_is_the_first_thing_on_stdout(occamkv, folder_of, prompt_of, generated):
-    assert short_run(occamkv, folder_of, prompt_of).out.startswith(generated(6, "oscar") + "\n")
+    assert short_run(occamkv, folder_of, prompt_of).out.startswith(generated(6, "occam") + "\n")
 
 
 def test_a_model_folder_is_left_as_it_was(occamkv, copy_of):

@@ -113,7 +113,9 @@ def run(occamkv, folder_of, prompt_of):
     return run_json
 
 
-@pytest.mark.parametrize("name", ["oscar", "oscar_roll", "kivi_k4v3_g64", "quarot_m8_roll", "rtn", "full"])
+@pytest.mark.parametrize(
+    "name", ["occam", "occam_quality", "oscar", "oscar_roll", "kivi_k4v3_g64", "quarot_m8_roll", "rtn", "full"]
+)
 @pytest.mark.parametrize(("tokens", "new"), [(1, 1), (120, 20), (300, 5), (640, 3)], ids=lambda n: str(n))
 def test_the_report_is_complete_and_fits_together(run, name, tokens, new):
     data = run(tokens, "--method", name, "--max-new-tokens", new)
@@ -150,7 +152,7 @@ def test_layers_that_are_not_packed_have_a_reason_and_their_bytes_count(run):
 
 
 def test_packed_bytes_are_those_of_the_paper(run):
-    data = run(300, "--max-new-tokens", 5)
+    data = run(300, "--method", "oscar", "--max-new-tokens", 5)
     codes_and_metadata = 24 * HEAD_DIM * HEADS * 256 // 32  # 3 bits per value
     norms = 4 * 256
     assert [layer["packed_bytes"] for layer in data["report"]["layers"]] == [codes_and_metadata + norms] * 2

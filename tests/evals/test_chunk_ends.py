@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 
+from cache_mirror import Mirror
 from occamkv import Method, method
+from occamkv.cache import LayerPlan, Plan
 from occamkv.evals import chunk_ends
+from occamkv.evals.fidelity import step_ends
 
 RESIDUAL = 128
 METHODS = {
@@ -105,3 +108,54 @@ def test_the_simulation_packs_where_the_design_says():
 )
 def test_wrong_steps_are_found(chosen, ends):
     assert read_past([*ends], METHODS[chosen], start=0, end=400)
+
+
+def judged(chosen: Method, *, start: int, end: int) -> list[int]:
+    """Return the lengths at which a real cache packs, pins or judges tokens that come one at a time after `start`.
+
+    Every ninth token is one that pins by norms are for.
+    """
+    mirror = Mirror(chosen)
+    seen, found = None, []
+    for length in [start] * bool(start) + list(range(start + 1, end + 1)):
+        k, v = mirror.fresh(length if length == start else 1)
+        v[:, :, -1] *= 0.01 if length % 9 == 0 else 1.0
+        mirror.cache.update(k, v)
+        mirror.cache.commit()
+        row = mirror.cache.store.rows[0]
+        now = (row.packed, row.staged, row.pinned - min(row.pinned, chosen.pinned_tokens))
+        if seen is not None and now != seen:
+            found.append(length)
+        seen = now
+    return found
+
+
+BY_NORM = {
+    "found": method("oscar_g64_roll", pins="first:4+found"),
+    "found, blocks": method("oscar", pins="first:0+found"),
+    "lowest": method("ott"),
+    "lowest, rolling": method("kivi_roll", pins="lowest:7"),
+}
+
+
+@pytest.mark.parametrize("start", [0, 131, 200, 260])
+@pytest.mark.parametrize("chosen", BY_NORM.values(), ids=BY_NORM)
+def test_with_pins_by_norm_steps_end_exactly_where_a_cache_packs_or_judges(chosen, start):
+    end = start + 270
+    due = judged(chosen, start=start, end=end)
+    ends = chunk_ends(chosen, start=start, end=end)
+    assert len(due) > 1
+    assert [length for length in ends if length >= due[0]] == sorted({*due, end})
+
+
+def test_the_lowest_pins_are_out_before_the_first_block_is_packed():
+    assert judged(BY_NORM["lowest"], start=0, end=270) == [128, 133, 261]
+
+
+def test_a_plan_ends_its_steps_where_any_of_its_layers_flushes():
+    plan = Plan((LayerPlan(0, method("oscar")), LayerPlan(1, method("ott")), LayerPlan(2, method("full"), "window")))
+    assert step_ends(plan, start=0, end=300) == [128, 133, 256, 261, 300]
+
+
+def test_a_plan_that_packs_nothing_is_read_in_the_steps_of_a_page():
+    assert step_ends(Plan((LayerPlan(0, method("full")),)), start=0, end=300) == [128, 256, 300]

@@ -16,7 +16,7 @@ from torch import Tensor
 import saved_models
 from cache_mirror import records_of
 from occamkv import Method, PackedCache, method
-from occamkv.evals import Tally, chunk_ends, compare
+from occamkv.evals import Tally, chunk_ends, compare, fidelity
 
 TOKENS = 400
 ROUNDING = 1e-4  # of logits up to 6
@@ -27,15 +27,17 @@ METHODS = {
     "oscar_roll": method("oscar_roll"),
     "oscar with 4 pins": method("oscar", pins="first:4"),
     "oscar_g64_roll with 4 pins": method("oscar_g64_roll", pins="first:4"),
+    **{name: method(name) for name in ("occam", "occam_small", "occam_quality", "ott", "turboquant")},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
 class Reading(NamedTuple):
-    """Logits `[T - 1, V]` and the packed bytes of each layer, `[n, H, bytes]`."""
+    """Logits `[T - 1, V]`, the packed bytes of each layer, `[n, H, bytes]`, and where its pins stand."""
 
     logits: Tensor
     records: list[Tensor]
+    pins: list[list[int]]
 
 
 @functools.cache
@@ -48,12 +50,12 @@ def ids() -> Tensor:
 
 
 @torch.no_grad()
-def read(chosen: Method, ends: Sequence[int]) -> Reading:
+def read(chosen: Method, ends: Sequence[int], *, min_tokens: int = 0) -> Reading:
     """Read the text in steps that end there."""
-    cache = PackedCache(model(), chosen)
+    cache = PackedCache(model(), chosen, min_tokens=min_tokens)
     steps = itertools.pairwise([0, *ends])
     logits = torch.cat([model()(ids()[:, a:b], past_key_values=cache).logits[0] for a, b in steps])
-    return Reading(logits[:-1], records(cache))
+    return Reading(logits[:-1], records(cache), [layer.cache.store.rows[0].pins for layer in cache.layers])
 
 
 def records(cache: PackedCache) -> list[Tensor]:
@@ -79,7 +81,7 @@ def first_flip(a: Reading, b: Reading, chosen: Method) -> int:
 
 def same_reading(a: Reading, b: Reading, chosen: Method) -> bool:
     """Whether two readings agree as the head of this file says."""
-    if [x.shape for x in a.records] != [x.shape for x in b.records]:
+    if [x.shape for x in a.records] != [x.shape for x in b.records] or a.pins != b.pins:
         return False
     bytes_flipped = max(float((x != y).float().mean()) for x, y in zip(a.records, b.records, strict=True))
     moved, safe = (a.logits - b.logits).abs().amax(-1), first_flip(a, b, chosen)
@@ -109,17 +111,26 @@ class Recorder(Tally):
 
 
 @every_method
-def test_compare_reads_like_decoding_token_by_token(name):
+def test_compare_reads_like_decoding_token_by_token(name, monkeypatch):
     recorder, chosen = Recorder(), METHODS[name]
-    compare(model(), ids(), chosen, score_from=0, tally=recorder)
-    expected = token_by_token(name)
+    monkeypatch.setattr(fidelity, "Tally", lambda: recorder)
+    compare(model(), ids(), chosen, score_from=0, tally=Tally())
+    packed = read(chosen, chunk_ends(chosen, start=0, end=TOKENS))  # its records are those that `compare` packs
+    assert same_reading(packed._replace(logits=torch.cat(recorder.logits)), token_by_token(name), chosen)
+
+
+def test_compare_with_min_tokens_reads_like_decoding_token_by_token(monkeypatch):
+    chosen, recorder = METHODS["occam"], Recorder()
+    expected = read(chosen, range(1, TOKENS + 1), min_tokens=300)
+    monkeypatch.setattr(fidelity, "Tally", lambda: recorder)
+    compare(model(), ids(), chosen, score_from=0, min_tokens=300, tally=Tally())
     assert same_reading(expected._replace(logits=torch.cat(recorder.logits)), expected, chosen)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["oscar", "oscar_roll"])
+@pytest.mark.parametrize("name", ["oscar_roll", "occam_quality", "ott"])
 def test_reading_the_head_in_one_call_equals_decoding_the_tail_token_by_token(name):
-    chosen, head = METHODS[name], 170
+    chosen, head = METHODS[name], 270
     slow = read(chosen, [head, *range(head + 1, TOKENS + 1)])
     fast = read(chosen, [head, *chunk_ends(chosen, start=head, end=TOKENS)])
     assert same_reading(fast, slow, chosen)
@@ -131,6 +142,8 @@ WRONG_STEPS = {
     "one token too late": ("oscar", [129, 257, 385, 400]),
     "rolling in blocks": ("oscar_roll", [128, 256, 384, 400]),
     "without the pins": ("oscar with 4 pins", [128, 256, 384, 400]),
+    "as if nothing were pinned by its norm": ("ott", [128, 256, 384, 400]),
+    "in blocks behind found pins": ("occam_quality", [4, 132, 260, 388, 400]),
 }
 
 
@@ -144,8 +157,8 @@ def test_a_flipped_record_is_no_excuse_for_a_token_before_it():
     flipped = [x.clone() for x in right.records]
     flipped[1][3, 0, 5] ^= 1
     assert first_flip(right, right, chosen) == TOKENS
-    assert first_flip(Reading(right.logits, flipped), right, chosen) == 128 + 3 * 32
+    assert first_flip(right._replace(records=flipped), right, chosen) == 128 + 3 * 32
     for at, excused in ((128 + 3 * 32 - 1, False), (128 + 3 * 32, True)):
         logits = right.logits.clone()
         logits[at, 0] += 10 * ROUNDING
-        assert same_reading(Reading(logits, flipped), right, chosen) == excused
+        assert same_reading(Reading(logits, flipped, right.pins), right, chosen) == excused

@@ -10,6 +10,7 @@ import saved_models
 from occamkv import CacheReport
 from occamkv.errors import NothingQuantized, OccamError, UnsupportedFormat, UnsupportedInput
 from occamkv.evals import Fidelity, Tally, compare
+from occamkv.evals.fidelity import read_together
 from occamkv.integrations.transformers.plan import plan_for
 
 TOKENS = 300
@@ -131,6 +132,25 @@ REFUSED = {
 def test_a_text_that_cannot_be_scored_is_refused_with_what_is_allowed(text, score_from):
     with pytest.raises(UnsupportedInput, match=r"allowed: one text \[1, T\] and 0 <= score_from < T - 1"):
         compare(model(), text, "oscar", score_from=score_from)
+
+
+def test_a_tally_collects_over_several_texts():
+    tally, texts = Tally(), [ids(seed=1), ids(200, seed=2)]
+    figures = [compare(model(), text, "oscar", score_from=100, tally=tally)[0] for text in texts]
+    alone = [compare(model(), text, "oscar", score_from=100)[0] for text in texts]
+    assert figures[0] == alone[0]
+    assert figures[1].positions == alone[0].positions + alone[1].positions == 199 + 99
+    mean = sum(one.kl_mean * one.positions for one in alone) / 298
+    assert figures[1].kl_mean == pytest.approx(mean)
+
+
+def test_methods_that_flush_elsewhere_can_be_read_together_too():
+    plans = {name: plan_for(model().config, name) for name in ("oscar", "ott", "occam")}
+    for name, reading in read_together(model(), ids(), plans, score_from=0).items():
+        figures, report, full_bytes = result(name)
+        assert reading.tally.result().kl_mean == pytest.approx(figures.kl_mean, rel=0.02)
+        assert reading.cache.report().nbytes == report.nbytes
+        assert reading.full_bytes == full_bytes
 
 
 def test_two_tokens_are_enough():

@@ -106,6 +106,17 @@ def test_several_texts_count_by_their_positions():
     assert not agrees(tallied(first), together)
 
 
+def test_a_tally_takes_over_the_positions_of_another():
+    first, second = some_logits(0.3), some_logits(2.0, seed=1)
+    own, other = Tally(), Tally()
+    own.add(*first)
+    other.add(*second)
+    alone = other.result()
+    own.extend(other)
+    assert own.result() == tallied(first, second) != tallied(first)
+    assert other.result() == alone
+
+
 def test_a_confident_model_is_no_division_by_zero():
     full = torch.full((3, 4), -1e4)
     full[:, 1] = 1e4

@@ -27,7 +27,7 @@ class Case(NamedTuple):
     head_dim: int
     groups: int = 2
     grid: str = "minmax"
-    clip: float = 1.0
+    clip: float | None = 1.0
 
 
 CASES = {
@@ -46,6 +46,23 @@ CASES = {
     ),
     "3-bit per token, 8-bit metadata, padded head_dim": Case(
         Format(k_axis="token", k_bits=3, v_bits=4, metadata_bits=8), heads=1, head_dim=112
+    ),
+    "2-bit K, 3-bit V, 8-bit metadata, float16 norms, clipped by bits and group": Case(
+        Format(v_bits=3, k_group=64, token_scale=True, norm_dtype="float16", metadata_bits=8),
+        *(2, 80),
+        clip=None,
+    ),
+    "2.5-bit Lloyd-Max levels per token, one head of 24": Case(
+        Format(k_bits=2.5, v_bits=2.5, k_axis="token", k_group=256, v_group=256, levels="lloyd"),
+        *(1, 24, 1),
+    ),
+    "2.5-bit K, 3-bit V, Lloyd-Max levels per channel, float16 norms, padded head_dim": Case(
+        Format(k_bits=2.5, v_bits=3, k_group=64, v_group=128, token_scale=True, norm_dtype="float16", levels="lloyd"),
+        *(1, 80),
+    ),
+    "4-bit K, 2.5-bit V, Lloyd-Max levels per token": Case(
+        Format(k_bits=4, v_bits=2.5, k_axis="token", k_group=256, v_group=64, levels="lloyd"),
+        *(2, 128),
     ),
 }
 

@@ -42,15 +42,17 @@ def test_padding_is_counted(head_dim, stored):
 
 
 REFUSED = [
-    ("k_bits", 1, "2, 3, 4"),
-    ("k_bits", 5, "2, 3, 4"),
-    ("v_bits", 8, "2, 3, 4"),
+    ("k_bits", 1, "2, 3, 4, 2.5"),
+    ("k_bits", 5, "2, 3, 4, 2.5"),
+    ("v_bits", 8, "2, 3, 4, 2.5"),
+    ("k_bits", 3.5, "2, 3, 4, 2.5"),
     ("k_axis", "head", "'channel', 'token'"),
     ("k_group", 16, "32, 64, 128"),
     ("k_group", 256, "32, 64, 128"),
     ("v_group", 48, "32, 64, 128, 256"),
     ("norm_dtype", "bfloat16", "'float32', 'float16'"),
     ("metadata_bits", 32, "16, 8"),
+    ("levels", "nf4", "'uniform', 'lloyd'"),
 ]
 
 
@@ -61,10 +63,36 @@ def test_a_value_that_no_record_can_hold_is_refused_by_name(field, value, allowe
     assert str(refusal.value) == f"{field} is {value!r}; allowed: {allowed}."
 
 
-def test_bits_are_whole_numbers():
-    """2.0 == 2 in Python, but sizes in bytes would become floats."""
-    with pytest.raises(UnsupportedFormat, match="k_bits"):
-        Format(k_bits=2.0)
+def test_bits_are_whole_numbers_or_two_and_a_half():
+    """2.0 == 2 in Python, but a name would say 2.0."""
+    for bits in (2.0, 3.0, True):
+        with pytest.raises(UnsupportedFormat, match="k_bits"):
+            Format(k_bits=bits)
+
+
+REFUSED_LEVELS = {
+    "2.5 bits of K, evenly spaced": ({"k_bits": 2.5}, r"k_bits is 2\.5 and v_bits 2; 2\.5 bits need levels='lloyd'"),
+    "2.5 bits of V, evenly spaced": ({"v_bits": 2.5}, r"k_bits is 2 and v_bits 2\.5; 2\.5 bits need levels='lloyd'"),
+    "Lloyd-Max levels with 8-bit metadata": (
+        {"levels": "lloyd", "metadata_bits": 8},
+        "metadata_bits is 8; Lloyd-Max levels have 16-bit metadata",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_LEVELS)
+def test_levels_that_do_not_go_with_the_rest_are_refused(what):
+    given, message = REFUSED_LEVELS[what]
+    with pytest.raises(UnsupportedFormat, match=message):
+        Format(**given)
+
+
+def test_a_record_of_lloyd_max_levels_by_hand():
+    """32 tokens of 128 channels: 16 bytes per token and bit, one float16 per token, nothing for a minimum."""
+    format = Format(k_bits=2.5, v_bits=3, k_axis="token", k_group=256, v_group=256, levels="lloyd")
+    assert format.sections(128).sizes == (32 * 40, 32 * 2, 0, 32 * 48, 32 * 2, 0)
+    per_channel = Format(k_bits=4, v_bits=2.5, k_group=64, levels="lloyd")
+    assert per_channel.sections(80).sizes == (64 * 48, 96 * 2, 0, 64 * 30, 64 * 3 * 2, 0)
 
 
 def test_a_group_of_256_channels_is_allowed_per_token():

@@ -58,6 +58,7 @@ def vars_of(format: Format) -> dict:
         pytest.param(Format(v_bits=4, k_bits=3), id="bits of K and V swapped"),
         pytest.param(Format(k_bits=4, v_bits=3, k_axis="token"), id="K read per token"),
         pytest.param(Format(k_bits=4, v_bits=3, v_group=64), id="V groups twice as wide"),
+        pytest.param(Format(k_bits=4, v_bits=3, levels="lloyd"), id="codes read as Lloyd-Max levels"),
     ],
 )
 def test_twin_a_reader_with_the_wrong_layout_fails_the_same_check(read_as):
@@ -92,13 +93,14 @@ def test_every_code_is_the_nearest_that_the_stored_metadata_allows(format, head_
         read = slow_decoder.read_record(records.data[0, h].numpy(), format, head_dim, supers)
         for side, said, x in zip(slow_decoder.sides(format, head_dim), read, scaled_inputs(records, k, v), strict=True):
             scale, minimum = (m[side.group_of()] for m in (said.scale, said.minimum))
-            levels = minimum[..., None] + scale[..., None] * np.arange(2**side.bits)
-            best = np.abs(levels - x[0, h][..., None]).min(-1)
+            all_codes = (np.full_like(said.codes, code) for code in range(16))
+            levels = np.stack([side.meaning(codes, said.scale, said.minimum) for codes in all_codes], -1)
+            best = np.nanmin(np.abs(levels - x[0, h][..., None]), -1)
             chosen = np.abs(said.values - x[0, h].astype(np.float64))
             assert (chosen <= best + 1e-5 * scale + 1e-6 * np.abs(minimum)).all()
 
 
-@given(formats(), head_dims, st.integers(0, 99))
+@given(formats("uniform"), head_dims, st.integers(0, 99))
 @settings(**small)
 def test_16_bit_metadata_holds_the_minimum_and_range_of_each_group(format, head_dim, seed):
     format = Format(**{**vars_of(format), "metadata_bits": 16})
@@ -113,6 +115,47 @@ def test_16_bit_metadata_holds_the_minimum_and_range_of_each_group(format, head_
             step = (values.max() - minimum.astype(np.float32)) / np.float32(2**side.bits - 1)
             assert said.minimum[g] == minimum
             assert said.scale[g] == max(step, np.float32(0)).astype(np.float16)
+
+
+@given(formats("lloyd"), head_dims, st.integers(0, 99))
+@settings(**small)
+def test_the_metadata_of_lloyd_max_levels_is_the_root_mean_square_of_each_group(format, head_dim, seed):
+    k, v = keys_and_values(format, groups=1, heads=1, head_dim=head_dim, seed=seed)
+    records = encode(k, v, format=format)
+    read = slow_decoder.read_record(records.data[0, 0].numpy(), format, head_dim, None)
+    for side, said, x in zip(slow_decoder.sides(format, head_dim), read, scaled_inputs(records, k, v), strict=True):
+        group = side.group_of()
+        for g in np.unique(group):
+            rms = np.sqrt(np.square(x[0, 0][group == g].astype(np.float64)).mean())
+            assert said.scale[g] == pytest.approx(rms, rel=2**-11 + 1e-6)
+        assert not side.per_channel or not said.scale[head_dim:].any(), "padding has no scale"
+        assert not said.codes[:, head_dim:].any()
+
+
+LLOYD_HEAD_DIMS = (8, 16, 24, 40, 64, 80, 96, 112, 128, 192, 256)
+
+
+@pytest.mark.parametrize("head_dim", LLOYD_HEAD_DIMS, ids=lambda d: f"head_dim {d}")
+@pytest.mark.parametrize("k_axis", ["channel", "token"], ids=["K per channel", "K per token"])
+def test_two_and_a_half_bits_are_three_in_the_first_half_of_the_padded_channels(k_axis, head_dim):
+    format = Format(k_bits=2.5, v_bits=2.5, k_axis=k_axis, v_group=256, levels="lloyd")
+    k, v = keys_and_values(format, groups=1, heads=1, head_dim=head_dim, offset=0.0)
+    records = encode(k, v, format=format)
+    assert_reads_as_documented(records, format, head_dim)
+    half = padded(head_dim) // 2
+    for said in slow_decoder.read_record(records.data[0, 0].numpy(), format, head_dim, None):
+        assert said.codes[:, : min(half, head_dim)].max() > 3, "eight levels"
+        assert said.codes[:, half:].max(initial=0) <= 3, "four levels"
+
+
+def test_a_group_of_zeros_comes_back_as_zeros_with_lloyd_max_levels():
+    format = Format(k_bits=2.5, v_bits=3, k_axis="token", levels="lloyd")
+    k, v = keys_and_values(format, groups=1, heads=1, head_dim=64)
+    k[..., 3, :], v[..., 4, :32] = 0, 0
+    read_k, read_v = decode(encode(k, v, format=format), format=format, head_dim=64)
+    assert not read_k[..., 3, :].any()
+    assert not read_v[..., 4, :32].any()
+    assert read_v[..., 4, 32:].any()
 
 
 @pytest.mark.parametrize("k_axis", ["channel", "token"], ids=["K per channel", "K per token"])

@@ -118,7 +118,7 @@ def test_a_direct_call_gets_a_packed_cache_and_continues_on_it(model):
         assert is_packed(out.past_key_values)
         assert difference(out.logits, untouched) < ROUNDING
         call(model, words(1)[None], past_key_values=out.past_key_values)
-        assert {layer.packed_tokens for layer in handle.report().layers} == {256}
+        assert {layer.packed_tokens for layer in handle.report().layers} == {192}  # 4 pins, six groups of 32
         assert {layer.reads_packed for layer in handle.report().layers} == {1}
         assert is_packed(call(model.model, input_ids=IDS).past_key_values)
 
@@ -208,12 +208,23 @@ def test_method_full_changes_nothing_and_says_that_it_was_asked_for(model):
 
 @pytest.mark.parametrize("implementation", ["occamkv", "sdpa"])
 def test_a_cache_made_from_a_configuration_alone_says_how_it_is_read(implementation, model):
-    cache = PackedCache(model.config)
+    cache = PackedCache(model.config, "oscar")
     model.set_attn_implementation(implementation)
     tokens = words(8, seed=3)[None]
     logits = run(model, prompt(LLAMA, {0: 300}), tokens, past_key_values=cache).logits
     assert {layer.packed_tokens for layer in cache.report().layers} == {256}
     assert {bool(layer.reads_packed) for layer in cache.report().layers} == {implementation == "occamkv"}
     assert ("dequantized" in str(cache.report())) == (implementation == "sdpa")
-    from_model = run(model, prompt(LLAMA, {0: 300}), tokens, past_key_values=PackedCache(model)).logits
+    from_model = run(model, prompt(LLAMA, {0: 300}), tokens, past_key_values=PackedCache(model, "oscar")).logits
     assert difference(logits, from_model) < ROUNDING
+
+
+@pytest.mark.parametrize("method", ["occam", "occam_small", "occam_quality"])
+def test_a_configuration_alone_cannot_have_a_method_that_asks_the_model(method, model):
+    with pytest.raises(UnsupportedInput, match=rf"method {method} of layer 0 .*Pass the model.*balance=\{{layer"):
+        PackedCache(model.config, method)
+
+
+def test_a_configuration_alone_cannot_have_the_default(model):
+    with pytest.raises(UnsupportedInput, match="or name another method"):
+        PackedCache(model.config)

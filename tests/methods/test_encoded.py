@@ -6,7 +6,10 @@ import torch
 from occamkv import method
 from paper_formulas import relative_error, some_kv
 
-NAMES = ("oscar", "kivi", "quarot", "rtn", "oscar_k3v2_g128", "kivi_k4v3_g64_m8", "rtn_k3v3_m8", "quarot_g64x32")
+NAMES = (
+    *("oscar", "kivi", "quarot", "rtn", "oscar_k3v2_g128", "kivi_k4v3_g64_m8", "rtn_k3v3_m8", "quarot_g64x32"),
+    *("ott", "rotatekv", "kvarn", "kvarn_k2v4_g32_m8", "turboquant", "turboquant_k3v2_g64x32"),
+)
 every_name = pytest.mark.parametrize("name", NAMES)
 
 
@@ -39,6 +42,16 @@ FIGURES = [
     ("oscar", {"metadata_bits": 8, "norm_dtype": "float16"}, (3, 64), 2.549),
     ("oscar", {"metadata_bits": 8, "norm_dtype": "float16", "k_group": 64, "v_group": 64}, (3, 64), 2.296),
     ("full", {}, (3, 64), 16.0),
+    ("occam", {}, (3, 64), 2.549),
+    ("occam", {}, (8, 128), 2.512),
+    ("occam_small", {}, (3, 64), 2.296),
+    ("occam_small", {}, (8, 128), 2.260),
+    ("occam_quality", {}, (8, 128), 2.512),
+    ("ott", {}, (8, 128), 3.0),
+    ("rotatekv", {}, (8, 128), 2.25),
+    ("kvarn", {}, (8, 128), 3.258),
+    ("turboquant", {}, (8, 128), 2.625),
+    ("kivi", {"levels": "lloyd"}, (8, 128), 2.5),
 ]
 
 
@@ -123,7 +136,7 @@ def test_input_is_left_alone_and_strides_do_not_matter(name):
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 112, 192, 256], ids=lambda d: f"head_dim {d}")
-@pytest.mark.parametrize("name", ["oscar", "kivi", "quarot", "rtn"])
+@pytest.mark.parametrize("name", ["oscar", "kivi", "quarot", "rtn", "kvarn", "turboquant"])
 def test_more_bits_give_smaller_errors_at_every_head_dim(name, head_dim):
     k, v = some_kv(2, head_dim)
     errors = []

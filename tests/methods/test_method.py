@@ -9,7 +9,7 @@ from occamkv import Format, Method, method
 from occamkv.errors import OccamError, UnsupportedFormat, UnsupportedInput
 from paper_formulas import relative_error, some_kv
 
-METHODS = ("oscar", "kivi", "quarot", "rtn")
+METHODS = ("oscar", "kivi", "quarot", "rtn", "ott", "rotatekv", "turboquant", "kvarn")
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -40,19 +40,27 @@ BAD_OVERRIDES = [
     ({"k_bits": 1}, "k_bits is 1; allowed: 2, 3, 4"),
     ({"k_group": 256}, "k_group is 256; allowed: 32, 64, 128"),
     ({"metadata_bits": 32}, "metadata_bits is 32; allowed: 16, 8"),
-    ({"k_rotation": "random"}, "k_rotation is 'random'; allowed: 'none', 'hadamard', 'balanced'"),
-    ({"v_rotation": "balanced"}, "v_rotation is 'balanced'; allowed: 'none', 'hadamard'"),
-    ({"grid": "lloyd"}, "grid is 'lloyd'; allowed: 'minmax', 'paper'"),
+    ({"k_rotation": "sylvester"}, "k_rotation is 'sylvester'; allowed: 'none', 'hadamard', 'balanced', 'random'"),
+    ({"v_rotation": "balanced"}, "v_rotation is 'balanced'; allowed: 'none', 'hadamard', 'random'\\."),
+    ({"grid": "lloyd"}, "grid is 'lloyd'; allowed: 'minmax', 'paper', 'unbiased'"),
+    ({"norm": "l1"}, "norm is 'l1'; allowed: 'l2', 'sinkhorn'"),
+    ({"feedback": "yes"}, "feedback is 'yes'; allowed: False, True"),
+    ({"feedback": True, "levels": "lloyd"}, "feedback is True; error feedback needs levels='uniform'"),
+    ({"k_bits": 2.5}, r"2\.5 bits need levels='lloyd'"),
     ({"flush": "roll"}, "flush is 'roll'; allowed: 'block', 'rolling'"),
     ({"clip": 0.0}, r"clip is 0\.0; allowed: above 0, at most 1"),
     ({"clip": 1.5}, r"clip is 1\.5; allowed: above 0, at most 1"),
     ({"clip": float("nan")}, "clip is nan; allowed: above 0, at most 1"),
     ({"clip": "half"}, "clip is 'half'; allowed: above 0, at most 1"),
-    ({"pins": "first"}, "pins is 'first'; allowed: 'none' or 'first:N'"),
-    ({"pins": "first:-1"}, "pins is 'first:-1'; allowed: 'none' or 'first:N'"),
-    ({"pins": "first:\u00b2"}, "pins is 'first:\u00b2'; allowed: 'none' or 'first:N'"),
-    ({"pins": 4}, "pins is 4; allowed: 'none' or 'first:N'"),
-    ({"k_bit": 3}, "no field 'k_bit'; did you mean 'k_bits'.*Fields: clip, flush"),
+    ({"pins": "first"}, "pins is 'first'; allowed: 'none', 'first:4'"),
+    ({"pins": "first:-1"}, "pins is 'first:-1'; allowed: 'none', 'first:4'"),
+    ({"pins": "first:\u00b2"}, "pins is 'first:\u00b2'; allowed: 'none', 'first:4'"),
+    ({"pins": "first:4+lost"}, "pins is .*; allowed: 'none', 'first:4', .* or 'lowest:5'"),
+    ({"pins": "lowest"}, "pins is 'lowest'; allowed: 'none', 'first:4'"),
+    ({"pins": "lowest:5+found"}, "pins is .*; allowed: 'none', 'first:4'"),
+    ({"pins": "first:12345"}, "pins is 'first:12345'; allowed: 'none', 'first:4'"),
+    ({"pins": 4}, "pins is 4; allowed: 'none', 'first:4'"),
+    ({"k_bit": 3}, "no field 'k_bit'; did you mean 'k_bits'.*Fields: budget, clip, feedback, flush"),
     ({"rotation": "none"}, "no field 'rotation'; did you mean 'k_rotation'|'v_rotation'"),
     ({"format": Format()}, "no field 'format'"),
 ]
@@ -137,14 +145,16 @@ def test_encode_refuses_a_value_that_is_not_finite_and_says_where(name, side, ba
         method(name).encode(*pair)
 
 
-TOO_LARGE = [(name, side) for name in METHODS for side in (0, 1) if (name, side) != ("oscar", 0)]
+TOO_LARGE = [(name, side) for name in METHODS for side in (0, 1) if side or name not in ("oscar", "kvarn")]
 
 
 @pytest.mark.parametrize(("name", "side"), TOO_LARGE, ids=lambda x: x if isinstance(x, str) else "KV"[x])
 def test_values_beyond_float16_are_refused_and_their_size_is_named(name, side):
     pair = some_kv(2, 64)
     pair[side][0, 1, 77] = 1e6
-    with pytest.raises(UnsupportedInput, match=rf"largest \|{'KV'[side]}\| [18]e\+06.*at most 65504.*full precision"):
+    with pytest.raises(
+        UnsupportedInput, match=rf"largest \|{'KV'[side]}\| [1-8](\.\d+)?e\+06.*at most 65504.*full precision"
+    ):
         method(name).encode(*pair)
 
 

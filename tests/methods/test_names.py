@@ -9,20 +9,35 @@ from occamkv.errors import UnsupportedFormat
 from occamkv.methods.names import parse_name, unnamed_overrides
 
 PLAIN = {"k_bits": 2, "v_bits": 2, "k_group": 32, "v_group": 32, "metadata_bits": 16, "flush": "block"}
-DEFAULTS = {"oscar": PLAIN, "kivi": PLAIN, "rtn": PLAIN, "quarot": PLAIN | {"k_group": 256, "v_group": 256}}
-PER_CHANNEL = ("oscar", "kivi")
+OCCAM = PLAIN | {"metadata_bits": 8, "flush": "rolling"}
+DEFAULTS = {
+    "occam": OCCAM,
+    "occam_small": OCCAM | {"k_group": 64, "v_group": 64},
+    "occam_quality": OCCAM,
+    "auto": OCCAM,
+    "oscar": PLAIN,
+    "kivi": PLAIN,
+    "ott": PLAIN,
+    "rtn": PLAIN,
+    "quarot": PLAIN | {"k_group": 256, "v_group": 256},
+    "rotatekv": PLAIN | {"k_group": 128, "v_group": 128},
+    "turboquant": PLAIN | {"k_bits": 2.5, "v_bits": 2.5, "k_group": 256, "v_group": 256},
+    "kvarn": PLAIN | {"k_bits": 4, "k_group": 128, "v_group": 128},
+}
+PER_TOKEN = ("rtn", "quarot", "rotatekv", "turboquant")
 
 
 @st.composite
 def bases_and_settings(draw) -> tuple[str, dict]:
     """Every method that a name can say."""
     base = draw(st.sampled_from(sorted(DEFAULTS)))
+    lloyd = base == "turboquant"
     settings = {
-        "k_bits": draw(st.sampled_from([2, 3, 4])),
-        "v_bits": draw(st.sampled_from([2, 3, 4])),
-        "k_group": draw(st.sampled_from([32, 64, 128] + [256] * (base not in PER_CHANNEL))),
+        "k_bits": draw(st.sampled_from([2, 3, 4] + [2.5] * lloyd)),
+        "v_bits": draw(st.sampled_from([2, 3, 4] + [2.5] * lloyd)),
+        "k_group": draw(st.sampled_from([32, 64, 128] + [256] * (base in PER_TOKEN))),
         "v_group": draw(st.sampled_from([32, 64, 128, 256])),
-        "metadata_bits": draw(st.sampled_from([8, 16])),
+        "metadata_bits": 16 if lloyd else draw(st.sampled_from([8, 16])),
         "flush": draw(st.sampled_from(["block", "rolling"])),
     }
     return base, settings
@@ -45,7 +60,9 @@ def short_name(base: str, s: dict) -> str:
         name += f"_g{s['k_group']}"
     if s["metadata_bits"] != d["metadata_bits"]:
         name += f"_m{s['metadata_bits']}"
-    return name + {"block": "", "rolling": "_roll"}[s["flush"]]
+    if s["flush"] != d["flush"]:
+        name += {"block": "_block", "rolling": "_roll"}[s["flush"]]
+    return name
 
 
 @given(bases_and_settings())
@@ -65,9 +82,14 @@ def test_names_round_trip_and_leave_defaults_out(case):
 @settings(deadline=None, max_examples=100)
 def test_any_choice_of_written_parts_means_the_same(case, data):
     base, wanted = case
-    parts, default = full_name(base, wanted).split("_")[1:], full_name(base, DEFAULTS[base]).split("_")[1:]
+    names = (full_name(base, settings) for settings in (wanted, DEFAULTS[base]))
+    parts, default = (name.removeprefix(f"{base}_").split("_") for name in names)
     kept = [p for p, d in zip(parts, default, strict=True) if p != d or data.draw(st.booleans())]
     assert parse_name("_".join([base, *kept])) == method(base, **wanted)
+
+
+def test_every_method_is_tried():
+    assert {*DEFAULTS, "full"} == set(METHOD_NAMES)
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
@@ -86,6 +108,14 @@ EXAMPLES = {
     "quarot_g256": "quarot",
     "quarot_g32x32": "quarot_g32x32",
     "full": "full",
+    "occam_g64x64": "occam_g64x64",
+    "occam_small_m8_roll": "occam_small",
+    "occam_small_g32x32": "occam_small_g32x32",
+    "occam_quality_k3v3_block": "occam_quality_k3v3_block",
+    "occam_m16": "occam_m16",
+    "turboquant_k2.5v2.5": "turboquant",
+    "turboquant_k3v2.5_g64x128": "turboquant_k3v2.5_g64x128",
+    "kvarn_k4v2_g128x128": "kvarn",
 }
 
 
@@ -116,7 +146,9 @@ def test_an_unknown_method_names_the_nearest_and_lists_all(given, nearest):
 
 @pytest.mark.parametrize("given", ["zzzzzz", "", "+", "_k2v2", "OSCAR", " oscar", "42"], ids=repr)
 def test_a_word_that_resembles_nothing_lists_all_methods(given):
-    with pytest.raises(UnsupportedFormat, match=r"unknown method .*Methods: oscar, kivi"):
+    with pytest.raises(
+        UnsupportedFormat, match=r"unknown method .*Methods: occam, occam_small, occam_quality, auto, oscar, kivi"
+    ):
         method(given)
 
 
@@ -129,6 +161,11 @@ UNREADABLE = [
     "oscar_k3v2_k2v2",
     "oscar_",
     "oscar_x",
+    "oscar_k2.0v2",
+    "oscar_k2.v2",
+    "oscar_k.5v2",
+    "oscar_k2.25v2",
+    "oscar_g64.5",
 ]
 
 
@@ -149,6 +186,10 @@ def test_a_name_that_breaks_the_grammar_is_refused_with_the_grammar(given):
         ("kivi_g256", "k_group is 256; allowed: 32, 64, 128"),
         ("rtn_g32x16", "v_group is 16; allowed: 32, 64, 128, 256"),
         ("oscar_m4", "metadata_bits is 4; allowed: 16, 8"),
+        ("oscar_k3.5v2", r"k_bits is 3\.5; allowed: 2, 3, 4"),
+        ("oscar_k2.5v2", r"2\.5 bits need levels='lloyd'"),
+        ("turboquant_k2v1.5", r"v_bits is 1\.5; allowed: 2, 3, 4, 2\.5"),
+        ("turboquant_m8", "metadata_bits is 8; Lloyd-Max levels have 16-bit metadata"),
     ],
 )
 def test_a_part_with_a_value_that_no_record_holds_is_refused(given, what):
@@ -170,6 +211,10 @@ UNNAMED = [
     {"norm_dtype": "float16"},
     {"token_scale": False},
     {"k_axis": "token"},
+    {"clip": None},
+    {"norm": "sinkhorn"},
+    {"feedback": True},
+    {"pins": "first:4+found"},
 ]
 
 
@@ -182,5 +227,38 @@ def test_what_a_name_cannot_say_is_a_plus_and_does_not_parse(override):
         method(str(changed))
 
 
+@pytest.mark.parametrize("given", ["occam_tiny", "occam_smal", "occam_small_quality", "occam_quality_"])
+def test_a_name_that_begins_like_ours_is_refused_with_the_grammar_of_the_longest_that_fits(given):
+    base = max((name for name in METHOD_NAMES if f"{given}_".startswith(f"{name}_")), key=len)
+    with pytest.raises(UnsupportedFormat, match=rf"cannot read '{given}'; a name is {base}\["):
+        method(given)
+
+
+def test_a_plus_keeps_the_whole_base_name():
+    changed = method("turboquant_k2.5v3", pins="first:4")
+    assert str(changed) == "turboquant_k2.5v3+"
+    assert unnamed_overrides(changed) == {"pins": "first:4"}
+    assert str(method("occam_small", clip=0.9)) == "occam_small+"
+    assert unnamed_overrides(method("kivi", levels="lloyd", v_bits=2.5)) == {"levels": "lloyd"}
+
+
 def test_an_override_equal_to_the_default_needs_no_plus():
     assert str(method("oscar", grid="paper", clip=1.0)) == "oscar"
+
+
+TOGETHER = {
+    "2.5 bits with levels that allow them": lambda: method("kivi", levels="lloyd", v_bits=2.5),
+    "8-bit metadata with levels that allow it": lambda: method("turboquant_k3v3", levels="uniform", metadata_bits=8),
+    "groups of 256 along an axis that allows them": lambda: method("oscar", k_axis="token", k_group=256),
+}
+
+
+@pytest.mark.parametrize("what", TOGETHER)
+def test_a_name_and_its_overrides_are_read_together_for_one_may_need_the_other(what):
+    """This is how a plan file says a method."""
+    made = TOGETHER[what]()
+    name = str(made)
+    assert name.endswith("+")
+    assert method(name[:-1], **unnamed_overrides(made)) == made
+    with pytest.raises(UnsupportedFormat):
+        method(name[:-1])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from occamkv.ops import pack, packed_bytes, unpack
+from occamkv.ops.packing import channel_runs, pack_channels, unpack_channels
 
 # What the layout says: (first bit of the code, width of the field) of each plane, in the order in which they lie.
 LAYOUT = {2: [(0, 2)], 3: [(0, 2), (2, 1)], 4: [(0, 2), (2, 2)]}
@@ -114,3 +115,45 @@ def test_a_strided_view_packs_like_its_copy_and_is_left_alone(bits):
 def test_every_byte_string_is_a_valid_record_section(bits):
     raw = (torch.arange(8 * bits * 4) * 37 % 256).to(torch.uint8)
     assert torch.equal(pack(unpack(raw, bits=bits), bits=bits), raw)
+
+
+def channels_slowly(rows: list[list[int]], bits: float) -> bytes:
+    """Whole widths: all tokens at once. 2.5: the first half of every token with 3 bits, then the second with 2."""
+    if bits != 2.5:
+        return write_slowly([code for row in rows for code in row], int(bits))
+    half = len(rows[0]) // 2
+    first, second = ([code for row in rows for code in row[part]] for part in (slice(half), slice(half, None)))
+    return write_slowly(first, 3) + write_slowly(second, 2)
+
+
+def some_channels(tokens: int, width: int, bits: float) -> torch.Tensor:
+    codes = (torch.arange(tokens * width) * 37 // 5).reshape(tokens, width)
+    most = torch.tensor([8] * (width // 2) + [4] * (width // 2)) if bits == 2.5 else torch.tensor(2 ** int(bits))
+    return (codes % most).to(torch.uint8)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 2.5], ids=lambda b: f"{b} bits")
+@pytest.mark.parametrize(("tokens", "width"), [(32, 32), (64, 96), (8, 256), (128, 128)], ids=lambda n: str(n))
+def test_channels_are_packed_run_after_run_and_read_back(tokens, width, bits):
+    codes = some_channels(tokens, width, bits)
+    packed = pack_channels(codes, bits=bits)
+    assert packed.numel() == tokens * width * bits / 8
+    assert bytes(packed.tolist()) == channels_slowly(codes.tolist(), bits)
+    assert torch.equal(unpack_channels(packed, bits=bits, tokens=tokens, width=width), codes)
+    batch = torch.stack((codes, codes.flip(0))).unsqueeze(1)
+    packed = pack_channels(batch, bits=bits)
+    assert torch.equal(unpack_channels(packed, bits=bits, tokens=tokens, width=width), batch)
+
+
+def test_twin_the_slow_writer_tells_halves_from_interleaved_channels():
+    codes = some_channels(8, 32, 2.5)
+    packed = bytes(pack_channels(codes, bits=2.5).tolist())
+    assert packed == channels_slowly(codes.tolist(), 2.5)
+    order = [i for pair in zip(range(16), range(16, 32), strict=True) for i in pair]
+    assert packed != channels_slowly(codes[:, order].tolist(), 2.5)
+    assert packed != channels_slowly(codes.flip(0).tolist(), 2.5)
+
+
+def test_two_and_a_half_bits_are_three_and_two():
+    assert channel_runs(2.5, 96) == [(3, 48), (2, 48)]
+    assert [channel_runs(bits, 96) for bits in (2, 3, 4)] == [[(2, 96)], [(3, 96)], [(4, 96)]]

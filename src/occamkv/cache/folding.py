@@ -1,7 +1,8 @@
-"""Folding V's rotation into the weights around it: `W_V <- H W_V`, `W_O <- W_O H` per head (arXiv:2605.19660).
+"""Folding into weights: V's rotation, `W_V <- H W_V`, `W_O <- W_O H` per head (arXiv:2605.19660), and the balance of K.
 
-The rotation of V is exact in weights, since attention mixes tokens and never channels. K cannot be folded: RoPE lies
-between its projection and the cache.
+The rotation of V is exact in weights, since attention mixes tokens and never channels. K's rotation cannot be folded:
+RoPE lies between its projection and the cache. Its balance can, `W_K <- d W_K`, `W_Q <- W_Q / d`, since the two
+channels that RoPE turns into each other have one d.
 """
 
 from torch import Tensor
@@ -35,3 +36,16 @@ def fold_output(weight: Tensor, *, heads: int) -> Tensor:
         heads: Query heads Hq.
     """
     return ops.hadamard(weight.unflatten(1, (heads, -1))).flatten(1).to(weight.dtype)
+
+
+def scale_heads(weight: Tensor, vector: Tensor, *, heads: int) -> Tensor:
+    """Return the weight `[heads * D, inputs]` or bias `[heads * D]` of a projection with its channels scaled.
+
+    Args:
+        weight: Weight or bias.
+        vector: `[H, D]`, H a divisor of `heads`: each row serves `heads / H` heads in a row.
+        heads: Heads that the projection makes.
+    """
+    scale = vector.repeat_interleave(heads // vector.shape[0], dim=0).flatten().to(weight.device)
+    wide = weight.float() * (scale if weight.dim() == 1 else scale[:, None])
+    return wide.to(weight.dtype)

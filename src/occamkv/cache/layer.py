@@ -5,37 +5,25 @@ rotated once and appended to the store. What is due is packed after the attentio
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from occamkv import ops
 from occamkv.cache import masks
+from occamkv.cache.chooser import Chooser
 from occamkv.cache.heap import give_back
 from occamkv.cache.store import Store
-from occamkv.errors import CacheMismatch, UnsupportedInput
+from occamkv.cache.waiting import Waiting, check_same, padded
+from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.records import LARGEST_TOKEN, check_storable
-from occamkv.kernels import Backend, FullTokens, backend_for
+from occamkv.kernels import FullTokens, backend_for
 from occamkv.methods import Method
-from occamkv.methods.method import check_kv, checked_balance
+from occamkv.methods.crossing import Crossing, Statistics
+from occamkv.methods.method import check_kv
 
 _SLICE_VALUES = 2**18  # K values that are rotated and appended at a time
 _LONG_STEP = 8 * PAGE_TOKENS  # a prompt, not speculation; its freed memory is given back to the system
-
-
-@dataclass
-class _Waiting:
-    """Tokens of the current step, `[B, H, T, D]` in model space; `kept`: which are real (None: all, or not known).
-
-    A short step keeps what `rotated` made of it, because attention and append both need it.
-    """
-
-    k: Tensor
-    v: Tensor
-    kept: Tensor | None = None
-    rotated: tuple[Tensor, Tensor] | None = None
 
 
 class LayerCache:
@@ -43,7 +31,7 @@ class LayerCache:
 
     Args:
         method: How tokens are packed.
-        balance: d, `[H, D]`, for a balanced rotation.
+        statistics: Of the model's queries and keys, for methods that need them.
         min_tokens: Nothing is packed below this many tokens.
         pack_after_attend: False delays packing to the next step, for engines that read one K and V several times in
             a step (layers that share their cache).
@@ -53,16 +41,18 @@ class LayerCache:
         self,
         method: Method,
         *,
-        balance: Tensor | None = None,
+        statistics: Statistics | None = None,
         min_tokens: int = 0,
         pack_after_attend: bool = True,
     ) -> None:
-        self.method, self.balance, self.min_tokens = method, balance, min_tokens
+        self.method, self.statistics, self.min_tokens = method, statistics, min_tokens
         self.pack_after_attend = pack_after_attend
+        self.chooser: Chooser | None = None
         self.records_past = False
         self.dense_reads = self.packed_reads = self.lossy_crops = self._held = 0
         self.store: Store | None = None
-        self._waiting: _Waiting | None = None
+        self._crossing: Crossing | None = None
+        self._waiting: Waiting | None = None
         self._kept: Tensor | None = None
 
     @property
@@ -81,11 +71,6 @@ class LayerCache:
         return 0 if self.store is None else len(self.store.rows)
 
     @property
-    def backend(self) -> Backend:
-        """The backend that reads the records."""
-        return self._store().backend
-
-    @property
     def waiting(self) -> tuple[Tensor, Tensor] | None:
         """K and V of a first step that nothing else has to be read with, `[B, H, T, D]` in model space; else None."""
         return (self._waiting.k, self._waiting.v) if self._waiting is not None and not self._held else None
@@ -94,8 +79,7 @@ class LayerCache:
         """Return the bytes held: `packed`, `residual` (the current step included), `pins`."""
         held = {"packed": 0, "residual": 0, "pins": 0} if self.store is None else self.store.nbytes()
         if self._waiting is not None:
-            step = (self._waiting.k, self._waiting.v, *(self._waiting.rotated or ()))
-            held["residual"] += sum(t.nbytes for t in step)
+            held["residual"] += self._waiting.nbytes
         if self._kept is not None:
             held["residual"] += self._kept.nbytes
         return held
@@ -103,7 +87,7 @@ class LayerCache:
     @property
     def packing_starts(self) -> int:
         """Number of tokens at which the first group of a sequence is packed."""
-        return max(self.method.pinned_tokens + PAGE_TOKENS, self.min_tokens)
+        return max(self.method.pinned_tokens + self.method.lowest_pins + PAGE_TOKENS, self.min_tokens)
 
     def packed_tokens(self) -> list[int]:
         """Return how many tokens of each sequence are packed."""
@@ -122,45 +106,34 @@ class LayerCache:
         """
         check_kv(k, v)
         if self.store is not None:
-            self._check_same(k)
-        elif self.balance is not None:
-            self.balance = checked_balance(self.method, self.balance, k)
+            check_same(k, self._store().residual_k)
+        else:
+            self._crossing = self.method.crossing(k, self.statistics)
         if k.shape[2] == 0:
             return
-        step = _Waiting(k, v)
+        step = Waiting(k, v)
         self._check_storable(step)
         self.commit()
         if self.store is None:
-            backend = backend_for(self.method.packed_format, k.device).name
-            shape = (k.shape[0], k.shape[1], k.shape[3])
-            self.store = Store(
-                self.method, backend, shape=shape, dtype=k.dtype, device=k.device, min_tokens=self.min_tokens
-            )
+            self.store = self._new_store(k)
         self._waiting = step
 
-    def _check_storable(self, step: _Waiting) -> None:
-        """Refuse tokens that could not be packed; only values near the limit need to be rotated to know."""
-        k_block, v_block = self.method.hadamard_blocks(step.k.shape[3])
-        stretch = 1.0 if self.balance is None else float(self.balance.max())
-        k, v = (max(abs(float(x)) for x in t.aminmax()) for t in (step.k, step.v))
-        longest = k * stretch * (k_block or 1) ** 0.5 * (step.k.shape[1] * step.k.shape[3]) ** 0.5
-        if max(longest, v * (v_block or 1) ** 0.5) > LARGEST_TOKEN:
-            check_storable(*self._rotated(step), format=self.method.packed_format)
+    def _new_store(self, k: Tensor) -> Store:
+        """Return an empty store for tokens like `k`, `[B, H, T, D]`."""
+        return Store(
+            self.method,
+            backend_for(self.method.packed_format, k.device).name,
+            shape=(k.shape[0], k.shape[1], k.shape[3]),
+            dtype=k.dtype,
+            device=k.device,
+            min_tokens=self.min_tokens,
+            feedback=self._cross.feedback,
+        )
 
-    def _check_same(self, k: Tensor) -> None:
-        held = self._store().residual_k
-        for what, given, wanted in (
-            ("batch size", k.shape[0], held.shape[0]),
-            ("number of KV heads", k.shape[1], held.shape[1]),
-            ("head_dim", k.shape[3], held.shape[3]),
-            ("dtype", k.dtype, held.dtype),
-            ("device", k.device, held.device),
-        ):
-            if given != wanted:
-                raise CacheMismatch(
-                    f"the {what} of this call is {given}, the cache holds {wanted}. Nothing was stored. "
-                    "Use a new cache, or reset() this one (select, repeat and reorder change the batch)."
-                )
+    def _check_storable(self, step: Waiting) -> None:
+        """Refuse tokens that could not be packed; only values near the limit need to be rotated to know."""
+        if self._cross.bound(step.k, step.v) > LARGEST_TOKEN:
+            check_storable(*self._rotated(step), format=self.method.packed_format)
 
     def attend(
         self,
@@ -190,7 +163,6 @@ class LayerCache:
         """
         store = self._store()
         self.note(seen)
-        k_block, v_block = self.method.hadamard_blocks(q.shape[3])
         full = store.full_tokens()
         at = self._query_positions(q)
         if self._waiting is not None:
@@ -206,13 +178,13 @@ class LayerCache:
             window=window,
             softcap=softcap,
             sinks=sinks,
-            hadamard_block=k_block,
-            balance=self.balance,
-            rotate_output=v_block is not None,
+            hadamard_block=self._cross.k_block,
+            balance=self._cross.k_vector,
+            rotate_output=self._cross.v_block is not None,
         )
         self.packed_reads += 1
         self.settle()
-        return out
+        return self._cross.leave_output(out)
 
     def note(self, seen: masks.Seen | None) -> None:
         """Remember which tokens of the current step are real."""
@@ -248,11 +220,14 @@ class LayerCache:
         """Append the tokens of the last step to the store; pack what is due."""
         if self._waiting is None:
             return
+        new = self._waiting.counts()
+        if self.chooser is not None and any(self._store().due_after(new)):
+            self.adopt(self.chooser.choose(self))
         step, self._waiting = self._waiting, None
         store = self._store()
-        store.reserve([step.k.shape[2]] * self.batch if step.kept is None else step.kept.sum(1).tolist())
+        store.reserve(new)
         try:
-            for part in self._slices(step):
+            for part in step.slices(_SLICE_VALUES):
                 kept = None if step.kept is None else step.kept[:, part]
                 whole = step.rotated is not None
                 k, v = self._rotated(step) if whole else self._rotate(step.k[:, :, part], step.v[:, :, part])
@@ -267,11 +242,44 @@ class LayerCache:
         if step.k.shape[2] >= _LONG_STEP and step.k.device.type == "cpu":
             give_back()
 
-    def _slices(self, step: _Waiting) -> list[slice]:
-        """Cut a long step, so that temporaries stay small; the bytes do not depend on the cuts."""
-        tokens = step.k.shape[2]
-        at_once = max(PAGE_TOKENS, _SLICE_VALUES // step.k[:, :, 0].numel() // PAGE_TOKENS * PAGE_TOKENS)
-        return [slice(first, min(first + at_once, tokens)) for first in range(0, tokens, at_once)]
+    def adopt(self, method: Method) -> None:
+        """Change the method while nothing is packed. What is held crosses into the new cache space, and is rounded.
+
+        Raises:
+            UnsupportedInput: Tokens are packed already. Nothing was changed.
+        """
+        if any(self.packed_tokens()):
+            raise UnsupportedInput(
+                f"{max(self.packed_tokens())} tokens are packed with {self.method}. Take a new cache, or reset()."
+            )
+        self.chooser = None
+        statistics = self.statistics if method.needs_model else None
+        if self.store is None:
+            self.method, self.statistics = method, statistics
+            return
+        old, crossing = self.store.residual_k, method.crossing(self.store.residual_k, statistics)
+        rows = [crossing.enter(*self._read(row)) for row in range(self.batch)]
+        self.method, self.statistics, self._crossing = method, statistics, crossing
+        self.store = self._new_store(old)
+        k, v, kept = padded(rows)
+        self.store.append(k.to(old), v.to(old), kept=kept)
+        if self._waiting is not None:
+            self._waiting.rotated = None
+
+    def first_tokens(self, row: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return K and V of the first real tokens of a sequence, at most `count`: float32 `[1, H, n, D]`, model space.
+
+        Those of the current step are among them.
+        """
+        k, v = self._read(row)
+        if self._waiting is not None:
+            step_k, step_v = self._waiting.first_real(row, max(0, count - k.shape[2]))
+            k, v = torch.cat((k, step_k), dim=2), torch.cat((v, step_v), dim=2)
+        return k[:, :, :count], v[:, :, :count]
+
+    def _read(self, row: int) -> tuple[Tensor, Tensor]:
+        """Return K and V of the tokens that the store holds of a sequence, float32 `[1, H, n, D]` in model space."""
+        return self._cross.leave(*(x[None] for x in self._store().read(row)))
 
     def _noted(self, length: int) -> Tensor:
         """Return which of the first `length` slots hold real tokens, bool `[B, length]`."""
@@ -285,7 +293,7 @@ class LayerCache:
         """Drop the tokens of the current step, after an error."""
         self._waiting = None
 
-    def _rotated(self, step: _Waiting) -> tuple[Tensor, Tensor]:
+    def _rotated(self, step: Waiting) -> tuple[Tensor, Tensor]:
         """Return the step's K and V in cache space, in the model's dtype."""
         if step.rotated is not None:
             return step.rotated
@@ -295,9 +303,8 @@ class LayerCache:
         return made
 
     def _rotate(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k_block, v_block = self.method.hadamard_blocks(k.shape[3])
-        rotated = ops.rotate(k, hadamard_block=k_block, balance=self.balance).to(k.dtype)
-        return rotated, ops.rotate(v, hadamard_block=v_block).to(v.dtype)
+        rotated = self._cross.enter(k, v)
+        return rotated[0].to(k.dtype), rotated[1].to(v.dtype)
 
     def _query_positions(self, q: Tensor) -> Tensor:
         real = self.real_slots()
@@ -324,16 +331,11 @@ class LayerCache:
         self.dense_reads += 1
         if self.waiting is not None:
             return self.waiting
-        store = self._store()
-        template = store.residual_k
-        batch, heads, _, head_dim = template.shape
-        k = template.new_zeros(batch, heads, self._held, head_dim)
+        template = self._store().residual_k
+        k = template.new_zeros(*template.shape[:2], self._held, template.shape[3])
         v = torch.zeros_like(k)
-        k_block, v_block = self.method.hadamard_blocks(head_dim)
-        for row in range(batch):
-            row_k, row_v = (x[None] for x in store.read(row))
-            row_k = ops.rotate_back(row_k, hadamard_block=k_block, balance=self.balance)[0].to(k.dtype)
-            row_v = ops.rotate_back(row_v, hadamard_block=v_block)[0].to(k.dtype)
+        for row in range(self.batch):
+            row_k, row_v = (x[0].to(k.dtype) for x in self._read(row))
             at = slice(None) if self._kept is None else self._noted(self._held)[row].nonzero()[:, 0]
             k[row][:, at], v[row][:, at] = row_k, row_v
         if self._waiting is None:
@@ -357,10 +359,7 @@ class LayerCache:
         self.store.select(chosen)
         self._kept = None if self._kept is None else self._kept[index]
         if self._waiting is not None:
-            kept = self._waiting.kept
-            self._waiting = _Waiting(
-                self._waiting.k[index], self._waiting.v[index], None if kept is None else kept[index]
-            )
+            self._waiting = self._waiting.select(index)
 
     def remove(self, count: int) -> None:
         """Forget the newest `count` slots. Below the residual whole groups are freed and the cut one is decoded.
@@ -371,13 +370,8 @@ class LayerCache:
         if not 0 <= count <= self.length:
             raise UnsupportedInput(f"cannot remove {count} tokens; allowed: 0 to the {self.length} held.")
         if self._waiting is not None and count:
-            taken = min(count, self._waiting.k.shape[2])
-            rest = self._waiting.k.shape[2] - taken
-            kept = self._waiting.kept
-            new = _Waiting(
-                self._waiting.k[:, :, :rest], self._waiting.v[:, :, :rest], None if kept is None else kept[:, :rest]
-            )
-            self._waiting = new if rest else None
+            taken = min(count, self.new)
+            self._waiting = self._waiting.without_newest(taken)
             count -= taken
         if not count:
             return
@@ -393,6 +387,12 @@ class LayerCache:
         self.store = self._waiting = self._kept = None
         self._held, self.records_past = 0, False
         self.dense_reads = self.packed_reads = self.lossy_crops = 0
+
+    @property
+    def _cross(self) -> Crossing:
+        if self._crossing is None:
+            raise UnsupportedInput("the cache is empty: call update(k, v) before attention reads it.")
+        return self._crossing
 
     def _store(self) -> Store:
         if self.store is None:

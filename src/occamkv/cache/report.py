@@ -14,7 +14,8 @@ SCHEMA_VERSION = 1
 class LayerReport:
     """One layer. Bytes are those of its tensors; `full_bytes` is what K and V of its tokens take unpacked.
 
-    `tokens` counts slots of a sequence, pads included; `packed_tokens` the packed tokens of all. `reads_packed` and
+    `tokens` counts slots of a sequence, pads included; `packed_tokens` the packed tokens of all,
+    `found_pins` those kept in full precision because of their norms, which `bits_per_value` counts. `reads_packed` and
     `reads_dense` count attention calls on packed bytes and calls that had to dequantize everything. `packing_starts` is
     the number of tokens at which the first group is packed.
     """
@@ -26,6 +27,7 @@ class LayerReport:
     bits_per_value: float | None = None
     tokens: int = 0
     packed_tokens: int = 0
+    found_pins: int = 0
     packed_bytes: int = 0
     residual_bytes: int = 0
     pin_bytes: int = 0

@@ -12,22 +12,36 @@ import torch
 from torch import Tensor
 
 from occamkv import kernels
+from occamkv.cache import pins
 from occamkv.cache.pool import PagePool
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.records import Records, decode_pages, from_groups, pages_of, to_groups
 from occamkv.kernels import Backend, FullTokens, PackedTokens
+from occamkv.kernels.contract import positions_of
 from occamkv.methods import Method
+
+_PIN_SLOTS = 8  # room for found pins grows by so many
 
 
 @dataclass
 class Row:
-    """Counters of one sequence: pinned tokens, tokens in pages, tokens in the residual ring, and its pages."""
+    """Counters of one sequence: positions of its pins, tokens in pages, tokens in the residual ring, and its pages.
 
-    pinned: int = 0
+    Tokens that are not pinned form the *stream*: first the packed ones, then the residual. The oldest `staged` tokens
+    of the residual were judged and found fit to be packed (methods that find pins).
+    """
+
+    pins: list[int] = field(default_factory=list)
     packed: int = 0
     residual: int = 0
+    staged: int = 0
     pages: list[int] = field(default_factory=list)
+
+    @property
+    def pinned(self) -> int:
+        """How many tokens are pinned."""
+        return len(self.pins)
 
     @property
     def tokens(self) -> int:
@@ -45,6 +59,7 @@ class _Change:
     """An append that was worked out but not yet written: nothing of it can fail any more."""
 
     rows: range
+    pins: list[int]
     pin_k: Tensor
     pin_v: Tensor
     records: Records | None
@@ -52,6 +67,7 @@ class _Change:
     rest_v: Tensor
     rest_replaces: bool
     residual: int
+    staged: int
 
 
 class Store:
@@ -64,6 +80,7 @@ class Store:
         dtype: Dtype of residual and pins, the model's.
         device: Where all tensors live.
         min_tokens: Nothing of a sequence is packed before it holds this many tokens.
+        feedback: F, `[H, D, D]`, for methods with error feedback.
     """
 
     def __init__(
@@ -75,15 +92,19 @@ class Store:
         dtype: torch.dtype,
         device: torch.device,
         min_tokens: int = 0,
+        feedback: Tensor | None = None,
     ) -> None:
         batch, heads, head_dim = shape
         self.method, self.backend_name, self.min_tokens = method, backend, min_tokens
+        self.feedback = feedback
         self.format = method.packed_format
         self.rows = [Row() for _ in range(batch)]
         self.pool = PagePool(format=self.format, kv_heads=heads, head_dim=head_dim, device=device)
-        ring, pins = ((batch, heads, tokens, head_dim) for tokens in (PAGE_TOKENS, method.pinned_tokens))
+        self.ring_slots = method.residual_tokens
+        pin_slots = method.pinned_tokens + method.lowest_pins
+        ring, pinned = ((batch, heads, tokens, head_dim) for tokens in (self.ring_slots, pin_slots))
         self.residual_k, self.residual_v = (torch.zeros(ring, dtype=dtype, device=device) for _ in range(2))
-        self.pin_k, self.pin_v = (torch.zeros(pins, dtype=dtype, device=device) for _ in range(2))
+        self.pin_k, self.pin_v = (torch.zeros(pinned, dtype=dtype, device=device) for _ in range(2))
 
     @property
     def backend(self) -> Backend:
@@ -119,17 +140,22 @@ class Store:
         for change in changes:
             self._apply(change)
 
+    def due_after(self, new: Sequence[int]) -> list[int]:
+        """Return how many tokens of each sequence are due with `new[b]` more of them, if none is found to be pinned."""
+        due = []
+        for row, count in zip(self.rows, new, strict=True):
+            leaving = min(count, self._first_pins(row)) + (0 if row.pins else self.method.lowest_pins)
+            due.append(self._due(row, row.residual + count - leaving))
+        return due
+
     def reserve(self, new: Sequence[int]) -> None:
         """Allocate at once the pages that `new[b]` more tokens of each sequence will fill."""
-        pages = 0
-        for row, count in zip(self.rows, new, strict=True):
-            count -= min(count, self.pin_k.shape[2] - row.pinned)
-            pages += pages_of(row.packed + self._due(row, row.residual + count)) - len(row.pages)
-        self.pool.reserve(pages)
+        due = zip(self.rows, self.due_after(new), strict=True)
+        self.pool.reserve(sum(pages_of(row.packed + count) - len(row.pages) for row, count in due))
 
     def _cuts(self, kept: Tensor | None) -> Iterator[tuple[range, Tensor | None]]:
         """Yield rows that can be handled together, and which of the new tokens are theirs (None: all)."""
-        alike = len({row.counts for row in self.rows}) == 1
+        alike = len({row.counts for row in self.rows}) == 1 and not (self.method.finds_pins and len(self.rows) > 1)
         if kept is None and alike:
             yield range(len(self.rows)), None
             return
@@ -138,46 +164,76 @@ class Store:
 
     def _prepare(self, rows: range, k: Tensor, v: Tensor) -> _Change:
         row = self.rows[rows.start]
-        pins = min(self.pin_k.shape[2] - row.pinned, k.shape[2])
-        pin_k, k = k[:, :, :pins], k[:, :, pins:]
-        pin_v, v = v[:, :, :pins], v[:, :, pins:]
-        due = self._due(row, row.residual + k.shape[2])
-        enlarges = not due and row.residual + k.shape[2] > self.residual_k.shape[2]
-        records = None
-        if due or enlarges:
+        first = min(self._first_pins(row), k.shape[2])
+        pinned, pin_k, pin_v = list(range(row.tokens, row.tokens + first)), k[:, :, :first], v[:, :, :first]
+        k, v = k[:, :, first:], v[:, :, first:]
+        residual, staged, records = row.residual + k.shape[2], row.staged, None
+        due = self._due(row, residual)
+        replaces = bool(due or residual > self.residual_k.shape[2])
+        if replaces:
             old_k, old_v = self._ring(rows)
             k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+            if due and self.method.finds_pins:
+                before = row.pins + pinned
+                found, due, staged = pins.route(
+                    self.method,
+                    k[0],
+                    v[0],
+                    judged=staged,
+                    pinned=self._found(before),
+                    before=row.packed + self._found(before),
+                )
+                pinned += [pins.position(row.packed + index, before) for index in found]
+                pin_k, pin_v = (torch.cat((p, x[:, :, found]), dim=2) for p, x in ((pin_k, k), (pin_v, v)))
+                left = [index for index in range(k.shape[2]) if index not in set(found)] if found else slice(None)
+                k, v = k[:, :, left], v[:, :, left]
             records = self._encode(k[:, :, :due], v[:, :, :due]) if due else None
             k, v = k[:, :, due:], v[:, :, due:]
-        replaces = bool(due or enlarges)
-        residual = k.shape[2] + (0 if replaces else row.residual)
-        return _Change(rows, pin_k, pin_v, records, k, v, replaces, residual)
+            residual = k.shape[2]
+        return _Change(rows, pinned, pin_k, pin_v, records, k, v, replaces, residual, staged)
+
+    def _first_pins(self, row: Row) -> int:
+        """Return how many of a sequence's next tokens are pinned because they are its first."""
+        return max(0, self.method.pinned_tokens - row.tokens)
+
+    def _found(self, pinned: Sequence[int]) -> int:
+        """Return how many of these pins were found by their norms."""
+        return max(0, len(pinned) - self.method.pinned_tokens)
 
     def _due(self, row: Row, waiting: int) -> int:
-        """Return how many of the `waiting` oldest unpacked tokens must be packed now."""
+        """Return how many of the `waiting` oldest unpacked tokens must be packed now, if none of them is pinned."""
         if waiting < PAGE_TOKENS or (not row.packed and row.pinned + waiting < self.min_tokens):
             return 0
-        step = PAGE_TOKENS if self.method.flush == "block" else self.format.record_tokens
-        return ((waiting - PAGE_TOKENS) // step + 1) * step
+        step = self.method.flush_tokens
+        if waiting - row.staged < PAGE_TOKENS:
+            return 0
+        return (row.staged + ((waiting - row.staged - PAGE_TOKENS) // step + 1) * step) // step * step
 
     def _encode(self, k: Tensor, v: Tensor) -> Records:
         tokens = self.format.record_tokens
         groups = (to_groups(k, tokens), to_groups(v, tokens))
-        return self.backend.encode(*groups, format=self.format, grid=self.method.grid, clip=self.method.clip)
+        method = self.method
+        return self.backend.encode(
+            *groups, format=self.format, grid=method.grid, clip=method.clip, norm=method.norm, feedback=self.feedback
+        )
 
     def _apply(self, change: _Change) -> None:
         rows, row = change.rows, self.rows[change.rows.start]
         span = slice(rows.start, rows.stop)
-        pins = slice(row.pinned, row.pinned + change.pin_k.shape[2])
-        self.pin_k[span, :, pins], self.pin_v[span, :, pins] = change.pin_k, change.pin_v
+        slots = slice(row.pinned, row.pinned + len(change.pins))
+        if slots.stop > self.pin_k.shape[2]:
+            room = -(-(slots.stop - self.pin_k.shape[2]) // _PIN_SLOTS) * _PIN_SLOTS
+            self.pin_k, self.pin_v = (torch.nn.functional.pad(p, (0, 0, 0, room)) for p in (self.pin_k, self.pin_v))
+        self.pin_k[span, :, slots], self.pin_v[span, :, slots] = change.pin_k, change.pin_v
         done = row.packed if change.records is None else self._write(change.records, rows, row.packed)
         first = done if change.rest_replaces else row.packed + row.residual
-        slots = torch.arange(first, first + change.rest_k.shape[2], device=self.residual_k.device)
-        slots %= self.residual_k.shape[2]
-        self.residual_k[span, :, slots], self.residual_v[span, :, slots] = change.rest_k, change.rest_v
+        ring = torch.arange(first, first + change.rest_k.shape[2], device=self.residual_k.device)
+        ring %= self.residual_k.shape[2]
+        self.residual_k[span, :, ring], self.residual_v[span, :, ring] = change.rest_k, change.rest_v
         for index in rows:
-            self.rows[index].pinned = pins.stop
-            self.rows[index].packed, self.rows[index].residual = done, change.residual
+            held = self.rows[index]
+            held.pins = held.pins + change.pins
+            held.packed, held.residual, held.staged = done, change.residual, change.staged
 
     def _write(self, records: Records, rows: range, done: int) -> int:
         """Put records of these rows behind their `done` packed tokens; return the new count."""
@@ -210,8 +266,9 @@ class Store:
         return self.residual_k[span, :, slots], self.residual_v[span, :, slots]
 
     def _resize(self, changes: Sequence[_Change]) -> None:
-        """Give the ring as many slots as the fullest sequence will need; always 128 but for `min_tokens`."""
-        wanted = PAGE_TOKENS * max(1, *(pages_of(change.residual) for change in changes))
+        """Give the ring as many slots as the fullest sequence will need; always the least but for `min_tokens`."""
+        most = max(change.residual for change in changes)
+        wanted = self.ring_slots if most <= self.ring_slots else PAGE_TOKENS * pages_of(most)
         if wanted == self.residual_k.shape[2] or not any(change.rest_replaces for change in changes):
             return
         kept = [change.rows for change in changes if not change.rest_replaces]
@@ -223,6 +280,10 @@ class Store:
             slots = torch.arange(row.packed, row.packed + row.residual, device=self.residual_k.device) % wanted
             self.residual_k[span, :, slots], self.residual_v[span, :, slots] = k, v
 
+    def found_pins(self) -> int:
+        """Return how many tokens of all sequences are pinned because of their norms."""
+        return sum(self._found(row.pins) for row in self.rows)
+
     def packed_tokens(self) -> PackedTokens | None:
         """Describe the packed tokens to a backend; None when there are none."""
         if not any(row.packed for row in self.rows):
@@ -231,7 +292,7 @@ class Store:
         table = [row.pages + [self.pool.starts[0]] * (longest - len(row.pages)) for row in self.rows]
         lengths, first, numbers = (
             torch.tensor(values, dtype=torch.int64, device=self.pool.device)
-            for values in ([row.packed for row in self.rows], [row.pinned for row in self.rows], table)
+            for values in ([row.packed for row in self.rows], [self._leading(row) for row in self.rows], table)
         )
         return PackedTokens(
             slabs=self.pool.slabs,
@@ -239,24 +300,30 @@ class Store:
             table=numbers,
             lengths=lengths,
             first_position=first,
+            skips=self._skips(),
         )
+
+    def _leading(self, row: Row) -> int:
+        """Return how many pins lie before all stream tokens; of methods that find pins `skips` tells it."""
+        return 0 if self.method.finds_pins else row.pinned
+
+    def _skips(self) -> Tensor | None:
+        return pins.skip_table([row.pins for row in self.rows], self.pool.device) if self.method.finds_pins else None
 
     def full_tokens(self) -> list[FullTokens]:
         """Describe pins and residual to a backend."""
-        device = self.pool.device
-        counts = torch.tensor([row.counts for row in self.rows], dtype=torch.int64, device=device)
-        pinned, packed, residual = counts.unbind(1)
-        parts = []
-        if self.pin_k.shape[2] and any(row.pinned for row in self.rows):
-            slot = torch.arange(self.pin_k.shape[2], device=device).expand(len(self.rows), -1)
-            parts.append(FullTokens(self.pin_k, self.pin_v, slot.masked_fill(slot >= pinned[:, None], -1)))
+        device, parts = self.pool.device, []
+        if any(row.pins for row in self.rows):
+            width = self.pin_k.shape[2]
+            at = [row.pins + [-1] * (width - row.pinned) for row in self.rows]
+            parts.append(FullTokens(self.pin_k, self.pin_v, torch.tensor(at, dtype=torch.int64, device=device)))
         if any(row.residual for row in self.rows):
-            slot = torch.arange(self.residual_k.shape[2], device=device)
-            behind = (slot - packed[:, None]) % self.residual_k.shape[2]
-            positions = behind + (packed + pinned)[:, None]
-            parts.append(
-                FullTokens(self.residual_k, self.residual_v, positions.masked_fill(behind >= residual[:, None], -1))
-            )
+            counts = [(self._leading(row), row.packed, row.residual) for row in self.rows]
+            leading, packed, residual = torch.tensor(counts, dtype=torch.int64, device=device)[:, :, None].unbind(1)
+            behind = (torch.arange(self.residual_k.shape[2], device=device) - packed) % self.residual_k.shape[2]
+            numbers, skipped = behind + packed, self._skips()
+            positions = numbers + leading if skipped is None else positions_of(numbers, skipped)
+            parts.append(FullTokens(self.residual_k, self.residual_v, positions.masked_fill(behind >= residual, -1)))
         return parts
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
@@ -267,10 +334,14 @@ class Store:
         if packed is not None and counts.packed:
             for parts, pages in zip((k, v), decode_pages(packed.gather(counts.pages)), strict=True):
                 parts.append(from_groups(pages, 1)[0, :, : counts.packed])
-        ring_k, ring_v = self._ring(range(row, row + 1))
-        k.append(ring_k[0])
-        v.append(ring_v[0])
-        return torch.cat([p.to(torch.float32) for p in k], dim=1), torch.cat([p.to(torch.float32) for p in v], dim=1)
+        for parts, ring in zip((k, v), self._ring(range(row, row + 1)), strict=True):
+            parts.append(ring[0])
+        all_k, all_v = (torch.cat([p.to(torch.float32) for p in parts], dim=1) for parts in (k, v))
+        if not self.method.finds_pins:
+            return all_k, all_v
+        stream = set(range(counts.tokens)).difference(counts.pins)
+        order = torch.tensor([*counts.pins, *sorted(stream)], device=all_k.device).argsort()
+        return all_k[:, order], all_v[:, order]
 
     def _read_group(self, row: Row, start: int) -> tuple[Tensor, Tensor]:
         """Return K and V of the page behind packed token `start`, from there on: float32 `[H, n, D]`."""
@@ -289,7 +360,7 @@ class Store:
             self.pool.release(row.pages)
         self.rows = [copy.copy(old[index]) for index in rows]
         for row in self.rows:
-            row.pages = list(row.pages)
+            row.pages, row.pins = list(row.pages), list(row.pins)
         chosen = torch.tensor(rows, dtype=torch.int64, device=self.pool.device)
         self.residual_k, self.residual_v, self.pin_k, self.pin_v = (
             x.index_select(0, chosen) for x in (self.residual_k, self.residual_v, self.pin_k, self.pin_v)
@@ -307,11 +378,13 @@ class Store:
         lossy = False
         for index, count in enumerate(counts):
             row = self.rows[index]
-            if count <= row.residual:
-                row.residual -= count
+            left = row.tokens - count
+            row.pins = [position for position in row.pins if position < left]
+            keep = left - row.pinned
+            row.staged = min(row.staged, max(0, keep - row.packed))
+            if keep >= row.packed:
+                row.residual = keep - row.packed
                 continue
-            keep = max(0, row.tokens - count - row.pinned)
-            row.pinned = min(row.pinned, row.tokens - count)
             packed = keep // self.format.record_tokens * self.format.record_tokens
             if keep > packed:
                 k, v = (x[:, : keep - packed] for x in self._read_group(row, packed))
@@ -320,6 +393,7 @@ class Store:
                 self.residual_v[index][:, slots] = v.to(self.residual_v.dtype)
                 lossy = True
             row.packed, row.residual = packed, keep - packed
+            row.staged = row.residual if self.method.judges else 0
             freed = row.pages[pages_of(packed) :]
             row.pages = row.pages[: pages_of(packed)]
             self.pool.release(freed)

@@ -29,7 +29,8 @@ def methods(
         table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
     out.print(table)
     out.print(
-        "a name takes parts: name[_kXvY][_gK[xV]][_m8|_m16][_block|_roll], for example oscar_k3v2_g64_roll",
+        "a name takes parts: name[_kXvY][_gK[xV]][_m8|_m16][_block|_roll], for example oscar_k3v2_g64_roll; "
+        "a method with a budget takes that of auto_b2.5: at most 2.5 bits per value on average",
         markup=False,
     )
 
@@ -50,8 +51,11 @@ def _row(name: str, kv_heads: int, head_dim: int) -> dict[str, Any]:
     form = chosen.format
     k_group = "tokens, per channel" if form.k_axis == "channel" else "channels, per token"
     k = [f"{form.k_bits} bits", f"{min(form.k_group, head_dim) if form.k_axis == 'token' else form.k_group} {k_group}"]
-    k += ["token scale"] * form.token_scale + [chosen.k_rotation] * (chosen.k_rotation != "none")
     v = [f"{form.v_bits} bits", f"{min(form.v_group, head_dim)} channels, per token"]
+    if chosen.budget is not None:
+        bits = float(chosen.budget)
+        k, v = (["2 to 4 bits, chosen per layer", f"32 or 64 {what}"] for what in (k_group, "channels, per token"))
+    k += ["token scale"] * form.token_scale + [chosen.k_rotation] * (chosen.k_rotation != "none")
     v += [chosen.v_rotation] * (chosen.v_rotation != "none")
     return {
         "method": name,

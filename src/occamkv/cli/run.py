@@ -10,9 +10,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from occamkv.cli.shell import check_writable, err, out, verb, write_json
+from occamkv.cli.shell import check_writable, err, out, verb, with_budget, write_json
 from occamkv.errors import UnsupportedInput
-from occamkv.methods import DEFAULT_METHOD, method
+from occamkv.methods import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from occamkv.cli.generate import Outcome
@@ -35,6 +35,7 @@ def run(
         str | None,
         typer.Option("--method", help=f"See `occamkv methods`. Default: {DEFAULT_METHOD}.", show_default=False),
     ] = None,
+    bits: Annotated[float | None, typer.Option(help="Budget of --method auto, in bits per value.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan file instead of one method for all layers.")] = None,
     min_tokens: Annotated[int, typer.Option(min=0, help="Keep shorter contexts in full precision.")] = 0,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
@@ -51,7 +52,7 @@ def run(
     check_writable(json_file)
     if method_name is not None and plan is not None:
         raise UnsupportedInput("give either --method NAME or --plan FILE; a plan names the method of each layer.")
-    chosen = method(method_name or DEFAULT_METHOD)
+    chosen = with_budget(method_name or DEFAULT_METHOD, bits)
     text = _prompt(prompt, prompt_file)
     loaded_plan = None if plan is None else Plan.load(plan)
     settings = Settings(

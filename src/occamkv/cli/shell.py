@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from occamkv.errors import NothingQuantized, OccamError
+from occamkv.methods import Method, method
 
 EXIT_BAD_INPUT = 2
 EXIT_NOTHING_QUANTIZED = 3
@@ -48,6 +49,11 @@ def verb(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return register
 
 
+def with_budget(name: str, bits: float | None) -> Method:
+    """Return a method by name, with a budget if one is given."""
+    return method(name) if bits is None else method(name, budget=bits)
+
+
 def fail(message: str, code: int) -> None:
     """Print an error and leave with this exit code."""
     err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -70,6 +76,11 @@ def write_json(data: dict[str, Any], path: str) -> None:
     if path == "-":
         typer.echo(text, nl=False)
         return
+    write_text(text, path)
+
+
+def write_text(text: str, path: str) -> None:
+    """Write a file; leave with an error if that fails."""
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

@@ -7,7 +7,8 @@ call would read nothing packed and report 0.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers import DynamicCache
 
 from occamkv.cache import CacheReport, Plan
 from occamkv.errors import UnsupportedInput
+from occamkv.evals.layers import LayerWatch
 from occamkv.formats import PAGE_TOKENS
 from occamkv.integrations.transformers import PackedCache, plan_for
+from occamkv.integrations.transformers.layer import PackedLayer
 from occamkv.integrations.transformers.model import text_config
 from occamkv.methods import Method, method
 
@@ -72,6 +75,12 @@ class Tally:
             self.nll.append(-q.gather(-1, targets[part, None])[:, 0])
             self.nll_full.append(-p.gather(-1, targets[part, None])[:, 0])
 
+    def extend(self, other: Tally) -> None:
+        """Add the positions of another tally."""
+        for own, new in ((self.kl, other.kl), (self.same, other.same), (self.nll, other.nll)):
+            own.extend(new)
+        self.nll_full.extend(other.nll_full)
+
     def result(self) -> Fidelity:
         """Return the means.
 
@@ -97,17 +106,99 @@ def chunk_ends(chosen: Method, *, start: int, end: int) -> list[int]:
 
     A step ends with the pins, and then wherever the residual reaches 128 tokens and is flushed.
     """
-    step = PAGE_TOKENS if chosen.format is None or chosen.flush == "block" else chosen.format.record_tokens
-    pins = chosen.pinned_tokens
-    ends, at = [], start
+    step = PAGE_TOKENS if chosen.format is None else chosen.flush_tokens
+    pins, ends, at = chosen.pinned_tokens, list[int](), start
     while at < end:
         stream = at - pins
-        at = pins if stream < 0 else pins + (stream // step + 1) * step
-        ends.append(min(at, end))
+        if chosen.lowest_pins and stream >= PAGE_TOKENS:
+            stream -= chosen.lowest_pins  # they have left the stream by then
+        following = pins if stream < 0 else at + step - stream % step
+        ends.append(min(following, end))
+        at = following
     return ends
 
 
+@dataclass
+class Reading:
+    """What one method made of one text.
+
+    `tally` holds the scored positions, `cache` the packed cache behind the last token, `full_bytes` the bytes of the
+    full cache, `layer_errors` the relative error of each packed layer's attention output (after its projection) over
+    the scored positions, if it was asked for.
+    """
+
+    tally: Tally
+    cache: PackedCache
+    full_bytes: int = 0
+    layer_errors: dict[int, float] = field(default_factory=dict)
+
+
 @torch.no_grad()
+def read_together(
+    model: nn.Module,
+    ids: Tensor,
+    plans: Mapping[str, Plan],
+    *,
+    score_from: int,
+    one_shot: int = 0,
+    min_tokens: int = 0,
+    watch_layers: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Reading]:
+    """Read a text through packed caches and a full one, step by step side by side, and compare the predictions.
+
+    Args:
+        model: A causal language model in eval mode.
+        ids: Tokens `[1, T]`.
+        plans: A plan per method. Steps end where any of them flushes, so they should flush alike (`step_ends`).
+        score_from: First position whose prediction counts.
+        one_shot: So many tokens go through in one call first, as `generate` sends a prompt; the rest in steps.
+        min_tokens: As in `PackedCache`.
+        watch_layers: Also compare the output of each attention layer.
+        progress: Called with the number of tokens read so far.
+
+    Raises:
+        UnsupportedInput: The text is too short to score.
+    """
+    length = ids.shape[1]
+    if ids.shape[0] != 1 or length < 2 or not 0 <= score_from < length - 1:
+        raise UnsupportedInput(
+            f"ids {tuple(ids.shape)} with score_from={score_from}; "
+            "allowed: one text [1, T] and 0 <= score_from < T - 1."
+        )
+    ids = ids.to(next(model.parameters()).device)
+    readings = {
+        name: Reading(Tally(), PackedCache(model, plan=plan, min_tokens=min_tokens)) for name, plan in plans.items()
+    }
+    full = DynamicCache(config=text_config(model.config))
+    ends = [one_shot] if 0 < one_shot < length else []
+    first_flush = {min_tokens} if one_shot < min_tokens < length else set()
+    ends += sorted(first_flush.union(*(step_ends(plan, start=one_shot, end=length) for plan in plans.values())))
+    with LayerWatch(model) if watch_layers else nullcontext() as watch:
+        start = 0
+        for end in ends:
+            first, last = max(start, score_from), min(end, length - 1)
+            keep, count = max(1, end - first), last - first
+            scored = max(0, end - first)
+            expected = _step(model, ids[:, start:end], full, keep, watch, None, scored)
+            for name, reading in readings.items():
+                logits = _step(model, ids[:, start:end], reading.cache, keep, watch, name, scored)
+                if count > 0:
+                    reading.tally.add(expected[:count], logits[:count], ids[0, first + 1 : last + 1])
+            start = end
+            if progress is not None:
+                progress(end)
+    for name, reading in readings.items():
+        reading.full_bytes = _held(full)
+        for layer in reading.cache.layers:
+            if isinstance(layer, PackedLayer) and layer.cache is not None:
+                layer.cache.commit()  # a short last step would wait for the next one
+        if watch is not None:
+            packed = {layer.index for layer in reading.cache.report().packed_layers}
+            reading.layer_errors = {i: e for i, e in watch.errors(name).items() if i in packed}
+    return readings
+
+
 def compare(
     model: nn.Module,
     ids: Tensor,
@@ -119,58 +210,53 @@ def compare(
     tally: Tally | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Fidelity, CacheReport, int]:
-    """Read a text through a packed and a full cache and compare the predictions.
+    """Read a text through one packed and a full cache, as `read_together` does.
 
     Args:
         model: A causal language model in eval mode.
         ids: Tokens `[1, T]`.
         chosen: A method, its name, or a plan; it also decides where steps end.
         score_from: First position whose prediction counts.
-        one_shot: So many tokens go through in one call first, as `generate` sends a prompt; the rest in steps.
+        one_shot: As in `read_together`.
         min_tokens: As in `PackedCache`.
         tally: Collect into this, for figures over several texts.
         progress: Called with the number of tokens read so far.
 
     Returns:
         The figures, the packed cache's report, and the bytes of the full cache.
-
-    Raises:
-        UnsupportedInput: The text is too short to score.
     """
     plan = chosen if isinstance(chosen, Plan) else plan_for(model.config, chosen)
-    length = ids.shape[1]
-    if ids.shape[0] != 1 or length < 2 or not 0 <= score_from < length - 1:
-        raise UnsupportedInput(
-            f"ids {tuple(ids.shape)} with score_from={score_from}; "
-            "allowed: one text [1, T] and 0 <= score_from < T - 1."
-        )
-    packed = PackedCache(model, plan=plan, min_tokens=min_tokens)
-    full = DynamicCache(config=text_config(model.config))
-    ends = [one_shot] if 0 < one_shot < length else []
+    reading = read_together(
+        model, ids, {"": plan}, score_from=score_from, one_shot=one_shot, min_tokens=min_tokens, progress=progress
+    )[""]
+    total = Tally() if tally is None else tally
+    total.extend(reading.tally)
+    return total.result(), reading.cache.report(), reading.full_bytes
+
+
+def step_ends(plan: Plan, *, start: int, end: int) -> list[int]:
+    """Return where steps must end for a plan, see `chunk_ends`."""
     methods = {entry.method for entry in plan.layers if entry.packs} or {method("full")}
-    ends += sorted({end for each in methods for end in chunk_ends(each, start=one_shot, end=length)})
-    tally, start = Tally() if tally is None else tally, 0
-    for end in ends:
-        first = max(start, score_from)
-        last = min(end, length - 1)
-        keep = max(1, end - first)
-        logits = [_step(model, ids[:, start:end], cache, keep) for cache in (full, packed)]
-        if last > first:
-            count = last - first
-            tally.add(logits[0][:count], logits[1][:count], ids[0, first + 1 : last + 1])
-        start = end
-        if progress is not None:
-            progress(end)
-    held = sum(
-        t.nbytes
-        for layer in full.layers
-        for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(t, Tensor)
-    )
-    return tally.result(), packed.report(), held
+    return sorted({at for each in methods for at in chunk_ends(each, start=start, end=end)})
 
 
-def _step(model: nn.Module, ids: Tensor, cache: DynamicCache, keep: int) -> Tensor:
+def _held(cache: DynamicCache) -> int:
+    parts = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(t.nbytes for t in parts if isinstance(t, Tensor))
+
+
+def _step(
+    model: nn.Module,
+    ids: Tensor,
+    cache: DynamicCache,
+    keep: int,
+    watch: LayerWatch | None,
+    name: str | None,
+    scored: int,
+) -> Tensor:
     """Run a step and return the logits of its last `keep` positions, `[keep, vocabulary]`."""
-    out: Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=min(keep, ids.shape[1])).logits
-    return out[0, -min(keep, ids.shape[1]) :]
+    if watch is not None:
+        watch.begin(name, scored)
+    keep = min(keep, ids.shape[1])
+    out: Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    return out[0, -keep:]

@@ -13,7 +13,7 @@ MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 8
 _CHANNEL_ALIGNMENT = 32
 _TOKEN_AXIS_RECORD = 32  # tokens of a record when K groups run along channels
-_BITS = (2, 3, 4)
+_BITS = (2, 3, 4, 2.5)
 _GROUPS = (32, 64, 128, 256)
 
 
@@ -27,7 +27,7 @@ def check_head_dim(head_dim: int) -> None:
 
 
 def _check(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed or type(value) is not type(allowed[0]):
+    if (type(value), value) not in [(type(one), one) for one in allowed]:
         raise UnsupportedFormat(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
 
 
@@ -58,8 +58,9 @@ class Format:
     """How a group of tokens of K and V becomes bytes. Bits of K and V are independent.
 
     Args:
-        k_bits: Bits of a K code: 2, 3 or 4.
-        v_bits: Bits of a V code: 2, 3 or 4.
+        k_bits: Bits of a K code: 2, 3 or 4; with Lloyd-Max levels also 2.5 (3 for the first half of the padded
+            channels, 2 for the others).
+        v_bits: Bits of a V code, likewise.
         k_axis: "channel": one scale and minimum per channel over `k_group` tokens. "token": per token over runs of
             `k_group` channels.
         k_group: 32, 64 or 128 tokens ("channel"), or 32, 64, 128, 256 channels ("token"; never more than head_dim).
@@ -67,19 +68,22 @@ class Format:
         token_scale: Divide K by one L2 norm per token over all KV heads (arXiv:2605.19660, Omni-Token Scaling).
         norm_dtype: Stored dtype of that norm.
         metadata_bits: 16: float16 scale and minimum. 8: float8 e4m3 scale, int8 minimum in units of scale / 16.
+        levels: "uniform": a code means `code * scale + minimum`. "lloyd": it means a level of the Lloyd-Max quantizer
+            of the unit normal times the group's root mean square, which is the only metadata, a float16.
 
     Raises:
         UnsupportedFormat: A value is not allowed.
     """
 
-    k_bits: int = 2
-    v_bits: int = 2
+    k_bits: float = 2
+    v_bits: float = 2
     k_axis: Literal["channel", "token"] = "channel"
     k_group: int = 32
     v_group: int = 32
     token_scale: bool = False
     norm_dtype: Literal["float32", "float16"] = "float32"
     metadata_bits: int = 16
+    levels: Literal["uniform", "lloyd"] = "uniform"
 
     def __post_init__(self) -> None:
         """Refuse values that no record can hold."""
@@ -90,6 +94,14 @@ class Format:
         _check("v_group", self.v_group, _GROUPS)
         _check("norm_dtype", self.norm_dtype, ("float32", "float16"))
         _check("metadata_bits", self.metadata_bits, (16, 8))
+        _check("levels", self.levels, ("uniform", "lloyd"))
+        if self.levels == "lloyd" and self.metadata_bits != 16:
+            raise UnsupportedFormat(f"metadata_bits is {self.metadata_bits}; Lloyd-Max levels have 16-bit metadata.")
+        if self.levels == "uniform" and 2.5 in (self.k_bits, self.v_bits):
+            raise UnsupportedFormat(
+                f"k_bits is {self.k_bits} and v_bits {self.v_bits}; 2.5 bits need levels='lloyd', uniform codes have "
+                "2, 3 or 4 bits."
+            )
 
     @cached_property
     def record_tokens(self) -> int:
@@ -112,13 +124,14 @@ class Format:
         width, tokens, meta = padded(head_dim), self.record_tokens, self.metadata_bits // 8
         k_groups = width if self.k_axis == "channel" else tokens * channel_groups(head_dim, self.k_group)
         v_groups = tokens * channel_groups(head_dim, self.v_group)
+        minimum = meta if self.levels == "uniform" else 0
         return Sections(
-            k_codes=tokens * width * self.k_bits // 8,
+            k_codes=int(tokens * width * self.k_bits) // 8,
             k_scale=k_groups * meta,
-            k_minimum=k_groups * meta,
-            v_codes=tokens * width * self.v_bits // 8,
+            k_minimum=k_groups * minimum,
+            v_codes=int(tokens * width * self.v_bits) // 8,
             v_scale=v_groups * meta,
-            v_minimum=v_groups * meta,
+            v_minimum=v_groups * minimum,
         )
 
     def page_bytes(self, *, kv_heads: int, head_dim: int) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor
 from occamkv.errors import UnsupportedInput
 from occamkv.formats.format import PAGE_TOKENS, Format, channel_groups, padded
 from occamkv.formats.pages import Pages
-from occamkv.ops import affine, packing
-from occamkv.ops.norms import token_norm
+from occamkv.ops import affine, lloyd, packing
+from occamkv.ops.norms import NORMS, Norm, token_norm
 
 _LARGEST = 65504.0  # of float16
 LARGEST_TOKEN = 0.75 * _LARGEST
@@ -38,28 +38,41 @@ class Records(NamedTuple):
 class _Side(NamedTuple):
     """What differs between K and V."""
 
-    bits: int
+    bits: float
     axis: affine.Axis
     group: int
+    lloyd: bool
 
 
 def _sides(format: Format, head_dim: int) -> tuple[_Side, _Side]:
     k_group = format.k_group if format.k_axis == "channel" else min(format.k_group, head_dim)
+    lloyd = format.levels == "lloyd"
     return (
-        _Side(format.k_bits, format.k_axis, k_group),
-        _Side(format.v_bits, "token", min(format.v_group, head_dim)),
+        _Side(format.k_bits, format.k_axis, k_group, lloyd),
+        _Side(format.v_bits, "token", min(format.v_group, head_dim), lloyd),
     )
 
 
-def encode(k: Tensor, v: Tensor, *, format: Format, grid: affine.Grid = "minmax", clip: float = 1.0) -> Records:
+def encode(
+    k: Tensor,
+    v: Tensor,
+    *,
+    format: Format,
+    grid: affine.Grid = "minmax",
+    clip: float | None = 1.0,
+    norm: Norm = "l2",
+    feedback: Tensor | None = None,
+) -> Records:
     """Quantize N groups of tokens and pack them.
 
     Args:
         k: `[N, H, G, D]` in cache space, float, G = `format.record_tokens`.
         v: The same shape.
         format: What to write.
-        grid: How the range of a group is chosen, see `ops.affine.apply_grid`.
-        clip: Share of the range that is kept.
+        grid: How the range of a group is chosen, see `ops.affine.apply_grid` and `ops.affine.refit`.
+        clip: Share of the range that is kept; None takes what suits bits and group, see `ops.affine.clip_share`.
+        norm: Which token norm is divided out of K, where the format has one.
+        feedback: F, `[H, D, D]`: K's codes are chosen with error feedback (`ops.affine.quantize_with_feedback`).
 
     Raises:
         UnsupportedInput: A value, scale or norm is not finite or does not fit its stored dtype.
@@ -69,20 +82,23 @@ def encode(k: Tensor, v: Tensor, *, format: Format, grid: affine.Grid = "minmax"
     largest = k.abs().amax(), v.abs().amax()
     norms = None
     if format.token_scale:
-        norms = token_norm(k).to(getattr(torch, format.norm_dtype))
+        norms = NORMS[norm](k).to(getattr(torch, format.norm_dtype))
         divisor = norms.to(torch.float32)
         k = k / torch.where(divisor > 0, divisor, 1.0)[:, None, :, None]
     parts, supers, finite = [], [], [] if norms is None else [norms.isfinite().all()]
-    for x, side in zip((k, v), _sides(format, head_dim), strict=True):
-        bytes_of_side, super_scale, fits = _encode_side(x, side, format=format, grid=grid, clip=clip)
-        parts += bytes_of_side
+    for x, side, passed in zip((k, v), _sides(format, head_dim), (feedback, None), strict=True):
+        if side.lloyd:
+            stored, super_scale, fits = _encode_levels(x, side)
+        else:
+            stored, super_scale, fits = _encode_uniform(x, side, format, _Rounding(grid, clip, passed))
+        parts += stored
         supers.append(super_scale)
         finite.append(fits)
     if not bool(torch.stack(finite).all()):
-        norm = "none" if norms is None else f"{float(norms.to(torch.float32).amax()):.4g}"
+        largest_norm = "none" if norms is None else f"{float(norms.to(torch.float32).amax()):.4g}"
         raise UnsupportedInput(
             "K or V does not fit its stored numbers: "
-            f"largest |K| {float(largest[0]):.4g}, largest |V| {float(largest[1]):.4g}, token norm {norm}; "
+            f"largest |K| {float(largest[0]):.4g}, largest |V| {float(largest[1]):.4g}, token norm {largest_norm}; "
             f"scale and minimum are at most {_LARGEST:.0f}, the token norm is a {format.norm_dtype}. "
             "Nothing was packed. Keep this layer in full precision (a plan with method 'full')."
         )
@@ -116,25 +132,67 @@ def check_storable(k: Tensor, v: Tensor, *, format: Format) -> None:
     )
 
 
-def _encode_side(
-    x: Tensor, side: _Side, *, format: Format, grid: affine.Grid, clip: float
+class _Rounding(NamedTuple):
+    """How codes are chosen."""
+
+    grid: affine.Grid
+    clip: float | None
+    feedback: Tensor | None
+
+
+def _encode_uniform(
+    x: Tensor, side: _Side, format: Format, rounding: _Rounding
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    head_dim = x.shape[-1]
+    head_dim, bits = x.shape[-1], int(side.bits)
+    values = x.shape[-2] if side.axis == "channel" else side.group
+    clip = affine.clip_share(bits, values) if rounding.clip is None else rounding.clip
     low, high = affine.group_range(x, axis=side.axis, group=side.group)
-    low, high = affine.apply_grid(low, high, bits=side.bits, grid=grid, clip=clip)
-    fits = (low.abs() <= _LARGEST).all() & (high - low <= _LARGEST * (2**side.bits - 1)).all()
-    meta = affine.round_metadata(low, high, bits=side.bits, metadata_bits=format.metadata_bits)
+    low, high = affine.apply_grid(low, high, bits=bits, grid=rounding.grid, clip=clip)
+    if rounding.grid == "unbiased":
+        wide = affine.refit(x, low, high, bits=bits, axis=side.axis, group=side.group)
+        storable = (wide[0].abs() <= _LARGEST) & (wide[1] - wide[0] <= _LARGEST * (2**bits - 1))
+        low, high = (torch.where(storable, new, old) for new, old in zip(wide, (low, high), strict=True))
+    fits = (low.abs() <= _LARGEST).all() & (high - low <= _LARGEST * (2**bits - 1)).all()
+    meta = affine.round_metadata(low, high, bits=bits, metadata_bits=format.metadata_bits)
     scale, minimum = (
         affine.spread(t, axis=side.axis, group=side.group, head_dim=head_dim) for t in (meta.scale, meta.minimum)
     )
-    codes = affine.quantize(x, scale=scale, minimum=minimum, bits=side.bits)
-    codes = torch.nn.functional.pad(codes, (0, padded(head_dim) - head_dim))
-    stored = [meta.stored_scale, meta.stored_minimum]
-    if side.axis == "channel":
-        stored = [_pad_channels(t, padded(head_dim)) for t in stored]
-    metadata = [t.contiguous().flatten(-2).view(torch.uint8) for t in stored]
+    if rounding.feedback is None:
+        codes = affine.quantize(x, scale=scale, minimum=minimum, bits=bits)
+    else:
+        codes = affine.quantize_with_feedback(x, scale=scale, minimum=minimum, bits=bits, feedback=rounding.feedback)
     super_scale = None if meta.super_scale is None else meta.super_scale[..., 0, 0]
-    return [packing.pack(codes.flatten(-2), bits=side.bits), *metadata], super_scale, fits
+    return _stored(codes, (meta.stored_scale, meta.stored_minimum), side), super_scale, fits
+
+
+def _encode_levels(x: Tensor, side: _Side) -> tuple[list[Tensor], None, Tensor]:
+    """Store the root mean square of each group as a float16 and the nearest Lloyd-Max levels of the rest."""
+    rms = affine.group_rms(x, axis=side.axis, group=side.group)
+    stored = rms.to(torch.float16)
+    scale = affine.spread(stored.to(torch.float32), axis=side.axis, group=side.group, head_dim=x.shape[-1])
+    units = x / torch.where(scale > 0, scale, 1.0)
+    runs = packing.channel_runs(side.bits, padded(x.shape[-1]))
+    parts = zip(units.split(_within([w for _, w in runs], x.shape[-1]), dim=-1), runs, strict=True)
+    codes = torch.cat([lloyd.nearest_level(part, bits=bits) for part, (bits, _) in parts], dim=-1)
+    return _stored(codes, (stored,), side), None, (rms <= _LARGEST).all()
+
+
+def _within(widths: list[int], head_dim: int) -> list[int]:
+    """Cut widths of padded channels down to the channels that exist."""
+    kept: list[int] = []
+    for width in widths:
+        kept.append(max(0, min(width, head_dim - sum(kept))))
+    return kept
+
+
+def _stored(codes: Tensor, metadata: tuple[Tensor, ...], side: _Side) -> list[Tensor]:
+    """Return the bytes of one side's sections; channels up to the padded width are zeros."""
+    width = padded(codes.shape[-1])
+    codes = torch.nn.functional.pad(codes, (0, width - codes.shape[-1]))
+    if side.axis == "channel":
+        metadata = tuple(_pad_channels(t, width) for t in metadata)
+    packed = packing.pack_channels(codes, bits=side.bits)
+    return [packed, *(t.contiguous().flatten(-2).view(torch.uint8) for t in metadata)]
 
 
 def _pad_channels(stored: Tensor, width: int) -> Tensor:
@@ -182,14 +240,20 @@ def _decode_side(
     sections: tuple[Tensor, ...], side: _Side, tokens: int, head_dim: int, super_scale: Tensor | None
 ) -> Tensor:
     width = padded(head_dim)
-    codes = packing.unpack(sections[0], bits=side.bits).unflatten(-1, (tokens, width))[..., :head_dim]
+    codes = packing.unpack_channels(sections[0], bits=side.bits, tokens=tokens, width=width)[..., :head_dim]
     rows = (1, width) if side.axis == "channel" else (tokens, channel_groups(head_dim, side.group))
+
+    def per_channel(stored: Tensor) -> Tensor:
+        wide = affine.spread(stored.unflatten(-1, rows), axis=side.axis, group=side.group, head_dim=head_dim)
+        return wide[..., :head_dim]
+
+    if side.lloyd:
+        runs = packing.channel_runs(side.bits, width)
+        tables = zip(codes.split(_within([w for _, w in runs], head_dim), dim=-1), runs, strict=True)
+        values = [lloyd.levels(bits).to(codes.device)[part.long()] for part, (bits, _) in tables]
+        return torch.cat(values, dim=-1).mul_(per_channel(sections[1].view(torch.float16).to(torch.float32)))
     scale, minimum = stored_metadata(sections[1], sections[2], super_scale)
-    scale, minimum = (
-        affine.spread(t.unflatten(-1, rows), axis=side.axis, group=side.group, head_dim=head_dim)[..., :head_dim]
-        for t in (scale, minimum)
-    )
-    return affine.dequantize(codes, scale=scale, minimum=minimum)
+    return affine.dequantize(codes, scale=per_channel(scale), minimum=per_channel(minimum))
 
 
 def stored_metadata(scale: Tensor, minimum: Tensor, super_scale: Tensor | None) -> tuple[Tensor, Tensor]:

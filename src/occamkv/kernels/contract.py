@@ -12,6 +12,7 @@ from occamkv.formats import Format
 from occamkv.formats.pages import Pages
 from occamkv.formats.records import Records
 from occamkv.ops.affine import Grid
+from occamkv.ops.norms import Norm
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class PackedTokens:
             any page and do not count.
         lengths: Packed tokens of each sequence, int64 `[B]`.
         first_position: Position of the first packed token of each sequence, int64 `[B]` (pins come before it).
+        skips: Where tokens in between are pinned, int64 `[B, P]` ascending: packed token n lies `count(skips <= n)`
+            positions further back. None when only first tokens are pinned.
     """
 
     slabs: Sequence[Pages]
@@ -32,6 +35,7 @@ class PackedTokens:
     table: Tensor
     lengths: Tensor
     first_position: Tensor
+    skips: Tensor | None = None
 
     @property
     def format(self) -> Format:
@@ -50,6 +54,11 @@ class PackedTokens:
         for slab, local in runs:
             parts.append(self.slabs[slab].select(torch.tensor(local, device=self.slabs[slab].records.device)))
         return Pages.concatenate(parts)
+
+
+def positions_of(numbers: Tensor, skips: Tensor) -> Tensor:
+    """Return the positions of tokens, int64 `[B, n]`, from their numbers among those not pinned, `[B, n]`."""
+    return numbers + torch.searchsorted(skips.contiguous(), numbers.contiguous(), right=True)
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,9 @@ class Backend(Protocol):
         *,
         format: Format,
         grid: Grid = "minmax",
-        clip: float = 1.0,
+        clip: float | None = 1.0,
+        norm: Norm = "l2",
+        feedback: Tensor | None = None,
         hadamard_block: int | None = None,
         balance: Tensor | None = None,
         rotate_v: bool = False,

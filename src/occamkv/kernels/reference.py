@@ -14,7 +14,8 @@ from occamkv import ops
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS, Format, records
 from occamkv.formats.records import Records
-from occamkv.kernels.contract import FullTokens, PackedTokens
+from occamkv.kernels.contract import FullTokens, PackedTokens, positions_of
+from occamkv.ops.norms import Norm
 
 name = "reference"
 
@@ -33,7 +34,9 @@ def encode(
     *,
     format: Format,
     grid: ops.affine.Grid = "minmax",
-    clip: float = 1.0,
+    clip: float | None = 1.0,
+    norm: Norm = "l2",
+    feedback: Tensor | None = None,
     hadamard_block: int | None = None,
     balance: Tensor | None = None,
     rotate_v: bool = False,
@@ -45,7 +48,9 @@ def encode(
         v: The same shape.
         format: What to write.
         grid: How the range of a group is chosen.
-        clip: Share of the range that is kept.
+        clip: As in `formats.records.encode`.
+        norm: As above.
+        feedback: As above.
         hadamard_block: Rotate K first, in blocks of this size.
         balance: d, `[H, D]`: multiply K by it before the rotation.
         rotate_v: Rotate V first.
@@ -55,7 +60,9 @@ def encode(
     """
     if hadamard_block is not None or balance is not None:
         k = ops.rotate(k, hadamard_block=hadamard_block, balance=balance)
-    return records.encode(k, ops.hadamard(v) if rotate_v else v, format=format, grid=grid, clip=clip)
+    return records.encode(
+        k, ops.hadamard(v) if rotate_v else v, format=format, grid=grid, clip=clip, norm=norm, feedback=feedback
+    )
 
 
 def attend(
@@ -246,6 +253,8 @@ def _blocks(packed: PackedTokens | None, full: Sequence[FullTokens]) -> Iterator
             index = (torch.arange(page, last, device=offsets.device)[:, None] * PAGE_TOKENS + offsets).flatten()
             of_rows = slice(rows.start, rows.stop)
             positions = index + packed.first_position[of_rows, None]
+            if packed.skips is not None:
+                positions = positions_of(positions, packed.skips[of_rows])
             empty = index >= packed.lengths[of_rows, None]
             shape = (len(rows), last - page)
             k, v = k.unflatten(0, shape), v.unflatten(0, shape)

@@ -4,9 +4,9 @@ from typing import Any
 
 from occamkv.methods.method import Encoded, Method
 from occamkv.methods.names import parse_name
-from occamkv.methods.registry import DEFAULT_METHOD, METHOD_NAMES
+from occamkv.methods.registry import DEFAULT_METHOD, METHOD_NAMES, method_names
 
-__all__ = ["DEFAULT_METHOD", "METHOD_NAMES", "Encoded", "Method", "method"]
+__all__ = ["DEFAULT_METHOD", "METHOD_NAMES", "Encoded", "Method", "method", "method_names"]
 
 
 def method(name: str, **overrides: Any) -> Method:
@@ -19,4 +19,4 @@ def method(name: str, **overrides: Any) -> Method:
     Raises:
         UnsupportedFormat: The name is unknown (the nearest is named), or a value is not allowed.
     """
-    return parse_name(name).with_overrides(**overrides)
+    return parse_name(name, **overrides)

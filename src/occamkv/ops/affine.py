@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 Axis = Literal["channel", "token"]
-Grid = Literal["minmax", "paper"]
+Grid = Literal["minmax", "paper", "unbiased"]
 
 _E4M3_MAX = 448.0
+_CLIPS = {2: 0.85, 3: 0.95, 4: 1.0}
+_CLIPS_WIDE = {2: 0.8, 3: 0.9, 4: 1.0}
 MIN_STEPS = 16
 """With 8-bit metadata the minimum counts in scale / 16."""
 
@@ -54,11 +56,68 @@ def group_range(x: Tensor, *, axis: Axis, group: int) -> tuple[Tensor, Tensor]:
     return runs.amin(-1), runs.amax(-1)
 
 
+def group_rms(x: Tensor, *, axis: Axis, group: int) -> Tensor:
+    """Return the root mean square of each group; arguments and shape of the result as in `group_range`."""
+    if axis == "channel":
+        return x.square().mean(-2, keepdim=True).sqrt()
+    return run_means(x.square(), group).sqrt()
+
+
+def run_means(x: Tensor, group: int) -> Tensor:
+    """Return the mean over each run of `group` channels, `[..., T, ceil(D / group)]`."""
+    return torch.stack([run.mean(-1) for run in x.split(group, dim=-1)], dim=-1)
+
+
 def spread(values: Tensor, *, axis: Axis, group: int, head_dim: int) -> Tensor:
     """Repeat one value per group over the channels of that group, ready to broadcast against `[..., T, D]`."""
     if axis == "channel":
         return values
     return values.repeat_interleave(group, dim=-1)[..., :head_dim]
+
+
+def clip_share(bits: int, group: int) -> float:
+    """Return the share of a group's range that codes of `bits` bits should span, for groups of `group` values.
+
+    The more codes, the less is gained by giving up the ends; the larger the group, the further out they lie.
+    """
+    return (_CLIPS if group <= 32 else _CLIPS_WIDE)[bits]
+
+
+def refit(x: Tensor, low: Tensor, high: Tensor, *, bits: int, axis: Axis, group: int) -> tuple[Tensor, Tensor]:
+    """Widen a clipped range until its codes, read with it, have slope 1 on the data: they no longer shrink it.
+
+    Clipping and least squares both shrink what they reconstruct. Random errors average out where attention is spread
+    over many tokens, shrinking does not.
+
+    Args:
+        x: float32 `[..., T, D]`.
+        low: Value of code 0 per group, as `apply_grid` returns it.
+        high: Value of the highest code per group.
+        bits: Bits of a code.
+        axis: As in `group_range`.
+        group: As in `group_range`.
+
+    Returns:
+        The new range; at most twice as wide.
+    """
+    steps = 2**bits - 1
+    scale = (high - low) / steps
+    wide_scale, wide_low = (spread(t, axis=axis, group=group, head_dim=x.shape[-1]) for t in (scale, low))
+    codes = quantize(x, scale=wide_scale, minimum=wide_low, bits=bits).to(torch.float32)
+    if axis == "channel":
+        x_mean, code_mean = x.mean(-2, keepdim=True), codes.mean(-2, keepdim=True)
+        variance = (x - x_mean).square().sum(-2, keepdim=True)
+        covariance = ((x - x_mean) * (codes - code_mean)).sum(-2, keepdim=True)
+    else:
+        x_mean, code_mean = (run_means(t, group) for t in (x, codes))
+        x_off, code_off = (
+            t - spread(m, axis=axis, group=group, head_dim=x.shape[-1]) for t, m in ((x, x_mean), (codes, code_mean))
+        )
+        variance, covariance = run_means(x_off.square(), group), run_means(x_off * code_off, group)
+    slope = torch.where(covariance > 0, variance / covariance.clamp_min(1e-30), scale)
+    scale = torch.minimum(slope, 2 * scale)
+    low = x_mean - scale * code_mean
+    return low, low + steps * scale
 
 
 def apply_grid(low: Tensor, high: Tensor, *, bits: int, grid: Grid, clip: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -124,6 +183,33 @@ def quantize(x: Tensor, *, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
     """
     codes = torch.round((x - minimum) / torch.where(scale > 0, scale, 1.0))
     return codes.clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def quantize_with_feedback(x: Tensor, *, scale: Tensor, minimum: Tensor, bits: int, feedback: Tensor) -> Tensor:
+    """Return codes that are chosen channel after channel, each error made up for by the channels behind it.
+
+    The sums are element-wise in a fixed order, so codes do not depend on what else is encoded in the same call.
+
+    Args:
+        x: float32 `[N, H, T, D]`.
+        scale: Broadcasts against x; a group with scale 0 gets code 0.
+        minimum: Broadcasts against x.
+        bits: Bits of a code.
+        feedback: F, `[H, D, D]`, see `ops.balance.feedback_matrix`.
+
+    Returns:
+        uint8 `[N, H, T, D]`.
+    """
+    rest = x.permute(3, 0, 2, 1).contiguous()  # [D, N, T, H]: what is left to store of each channel
+    scales, minimums = (t.expand(x.shape).permute(3, 0, 2, 1) for t in (scale, minimum))
+    passed = feedback.to(x).permute(1, 2, 0)[:, :, None, None]  # [D, D, 1, 1, H]
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=x.device)
+    for channel in range(x.shape[-1]):
+        value = rest[channel]
+        codes[channel] = quantize(value, scale=scales[channel], minimum=minimums[channel], bits=bits)
+        error = value - dequantize(codes[channel], scale=scales[channel], minimum=minimums[channel])
+        rest[channel + 1 :].sub_(passed[channel, channel + 1 :] * error)
+    return codes.permute(1, 3, 2, 0).contiguous()
 
 
 def dequantize(codes: Tensor, *, scale: Tensor, minimum: Tensor) -> Tensor:

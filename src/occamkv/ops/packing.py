@@ -5,6 +5,8 @@
 lowest bits. See docs/format.md.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,25 @@ def unpack(packed: Tensor, *, bits: int) -> Tensor:
         codes |= (plane & (2**width - 1)).flatten(-2) << weight
         start, weight = start + size, weight + width
     return codes
+
+
+def channel_runs(bits: float, width: int) -> list[tuple[int, int]]:
+    """Return bits and number of channels of each run: 2.5 bits are 3 bits for the first half and 2 for the second."""
+    if bits == int(bits):
+        return [(int(bits), width)]
+    return [(math.ceil(bits), width // 2), (math.floor(bits), width - width // 2)]
+
+
+def pack_channels(codes: Tensor, *, bits: float) -> Tensor:
+    """Pack codes uint8 `[..., T, W]` run of channels after run, uint8 `[..., T * W * bits / 8]`."""
+    runs = channel_runs(bits, codes.shape[-1])
+    parts = codes.split([width for _, width in runs], dim=-1)
+    return torch.cat([pack(p.flatten(-2), bits=b) for p, (b, _) in zip(parts, runs, strict=True)], dim=-1)
+
+
+def unpack_channels(packed: Tensor, *, bits: float, tokens: int, width: int) -> Tensor:
+    """Undo `pack_channels`: uint8 `[..., T, W]`."""
+    runs = channel_runs(bits, width)
+    parts = packed.split([packed_bytes(tokens * w, b) for b, w in runs], dim=-1)
+    codes = [unpack(p, bits=b).unflatten(-1, (tokens, w)) for p, (b, w) in zip(parts, runs, strict=True)]
+    return codes[0] if len(codes) == 1 else torch.cat(codes, dim=-1)

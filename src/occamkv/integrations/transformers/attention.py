@@ -21,6 +21,7 @@ from occamkv.integrations.transformers.fingerprint import fingerprint
 from occamkv.integrations.transformers.layer import PackedLayer
 from occamkv.integrations.transformers.tensor import PackedTensor
 from occamkv.kernels import FullTokens, backend
+from occamkv.methods.trial import Reading
 
 NAME = "occamkv"
 
@@ -78,23 +79,30 @@ def _attend_packed(
                 "attention_mask as long as past and new tokens together."
             )
         layer.shared.check_model(getattr(module, "config", None), fingerprint)
+        reading = Reading(scaling, options.get("softcap"), options.get("s_aux"))
         if cache.waiting is not None:
             k, v = cache.waiting
             seen = None if mask is None else layer.shared.seen(mask, cache, cache.new)
             out = _attend_plain(module, query, k, v, mask, 0.0, scaling, options)
-            cache.note(seen)
+            _observe(layer, cache, query, seen, reading)
             cache.settle()
             return out
         seen = _seen(module, query, layer, cache, mask, options)
         with torch.no_grad():
-            out = cache.attend(
-                query, seen=seen, scale=scaling, softcap=options.get("softcap"), sinks=options.get("s_aux")
-            )
+            _observe(layer, cache, query, seen, reading)
+            out = cache.attend(query, seen=seen, scale=scaling, softcap=reading.softcap, sinks=reading.sinks)
         return out.transpose(1, 2).contiguous()
     except Exception:
         cache.forget_step()
         layer.shared.roll_back(min(before, cache.length), failed=layer.index)
         raise
+
+
+def _observe(layer: PackedLayer, cache: LayerCache, query: Tensor, seen: Seen | None, reading: Reading) -> None:
+    """Note the pads of a step, and show it to who looks on."""
+    cache.note(seen)
+    if layer.observer is not None:
+        layer.observer(query, cache, reading)
 
 
 def _note_pads(layer: PackedLayer, mask: Tensor | None, new: int) -> None:

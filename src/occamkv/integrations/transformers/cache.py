@@ -19,8 +19,10 @@ from occamkv.errors import CacheMismatch, NothingQuantized, UnsupportedInput
 from occamkv.integrations.transformers import attention
 from occamkv.integrations.transformers.layer import PackedLayer, has_state
 from occamkv.integrations.transformers.model import decoders, text_config, use_attention
-from occamkv.integrations.transformers.plan import build_layers, plan_for
+from occamkv.integrations.transformers.plan import build_layers, current_plan, plan_for
+from occamkv.integrations.transformers.statistics import statistics_for
 from occamkv.methods import DEFAULT_METHOD, Method
+from occamkv.methods.crossing import Statistics
 
 
 class PackedCache(DynamicCache):
@@ -34,7 +36,8 @@ class PackedCache(DynamicCache):
         model: A transformers model, or its configuration.
         method: A method or its name.
         plan: A plan (object or JSON file) instead of one method for all layers.
-        balance: d of each layer, `{layer: [H, D]}`, for methods with a balanced rotation.
+        balance: d of each layer, `{layer: [H, D]}`, for methods with a balanced rotation; by default it is taken from
+            the model, by one short pass over random token ids.
         min_tokens: Keep a sequence in full precision until it has this many tokens.
 
     Raises:
@@ -57,10 +60,15 @@ class PackedCache(DynamicCache):
         attention.register()
         refuse_own_cache(model)
         config = model.config if isinstance(model, nn.Module) else model
-        self.plan = make_plan(config, method, plan)
-        Cache.__init__(self, layers=build_layers(config, self.plan, balance=balance, min_tokens=min_tokens))
-        if isinstance(model, nn.Module) and self.plan.packed_layers:
+        self._plan, statistics = statistics_for(model, make_plan(config, method, plan), balance)
+        Cache.__init__(self, layers=build_layers(config, self._plan, statistics=statistics, min_tokens=min_tokens))
+        if isinstance(model, nn.Module) and self._plan.packed_layers:
             use_attention(model, attention.NAME)
+
+    @property
+    def plan(self) -> Plan:
+        """The method of each layer; a budget's place is taken by the method that was chosen, once it was."""
+        return current_plan(self._plan, self.layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Take K and V of a step of one layer, `[B, H, T, D]`; return what attention reads."""
@@ -121,9 +129,9 @@ def _tensors(layer: Any) -> list[Tensor]:
 class Attachment:
     """What `attach` returns: `remove()` or the end of a `with` block undoes it; `report()` is of the newest cache."""
 
-    def __init__(self, model: nn.Module, plan: Plan, *, balance: Mapping[int, Tensor] | None, min_tokens: int) -> None:
-        self.plan = plan
-        self._model, self._balance, self._min_tokens = model, balance, min_tokens
+    def __init__(self, model: nn.Module, plan: Plan, *, statistics: Mapping[int, Statistics], min_tokens: int) -> None:
+        self._plan = plan
+        self._model, self._statistics, self._min_tokens = model, statistics, min_tokens
         self._newest: Cache | None = None
         self._last_report: CacheReport | None = None
         self._warned = False
@@ -143,11 +151,16 @@ class Attachment:
         """Undo `attach`."""
         self.remove()
 
+    @property
+    def plan(self) -> Plan:
+        """The plan; of the newest cache, where methods are chosen by a budget."""
+        return self._plan if self._newest is None else current_plan(self._plan, self._newest.layers)
+
     def remove(self) -> None:
         """Undo `attach`: new caches are transformers' own again. Caches made meanwhile stay packed."""
         if not self._hooks:
             return
-        self._last_report = self.report()
+        self._last_report, self._plan = self.report(), self.plan
         self._newest = None
         for hook in self._hooks:
             hook.remove()
@@ -159,7 +172,7 @@ class Attachment:
         """Report on the newest packed cache, which is held until the next one or `remove`; None if there was none."""
         if self._newest is None:
             return self._last_report
-        return report_of(self._newest, self.plan)
+        return report_of(self._newest, self._plan)
 
     def _give_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get("past_key_values")
@@ -193,7 +206,7 @@ class Attachment:
             self._warned = True
             return
         config = self._model.config
-        cache.layers = build_layers(config, self.plan, balance=self._balance, min_tokens=self._min_tokens)
+        cache.layers = build_layers(config, self._plan, statistics=self._statistics, min_tokens=self._min_tokens)
         cache.layer_class_to_replicate = None
         self._newest = cache
 
@@ -238,7 +251,8 @@ def attach(
         model: A transformers model, or a pipeline that has one.
         method: A method or its name.
         plan: A plan (object or JSON file) instead of one method for all layers.
-        balance: d of each layer, `{layer: [H, D]}`, for methods with a balanced rotation.
+        balance: d of each layer, `{layer: [H, D]}`, for methods with a balanced rotation; by default it is taken from
+            the model, by one short pass over random token ids.
         min_tokens: Keep a sequence in full precision until it has this many tokens.
 
     Returns:
@@ -255,10 +269,10 @@ def attach(
     refuse_own_cache(target)
     if target.training:
         warnings.warn("this model is in training mode and makes no packed caches by itself; call eval().", stacklevel=2)
-    chosen = make_plan(target.config, method, plan)
-    build_layers(target.config, chosen, balance=balance, min_tokens=min_tokens)  # refuses what does not fit
+    chosen, statistics = statistics_for(target, make_plan(target.config, method, plan), balance)
+    build_layers(target.config, chosen, statistics=statistics, min_tokens=min_tokens)  # refuses what does not fit
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in target._forward_pre_hooks.values()):
         raise UnsupportedInput(
             "this model is already attached. Call remove() on the first handle, or leave its with block."
         )
-    return Attachment(target, chosen, balance=balance, min_tokens=min_tokens)
+    return Attachment(target, chosen, statistics=statistics, min_tokens=min_tokens)

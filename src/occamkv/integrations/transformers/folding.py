@@ -1,28 +1,34 @@
-"""Fold V's rotation into a transformers model, layer by layer, and check each layer by running it."""
+"""Fold V's rotation or K's balance into a transformers model, layer by layer, and check each layer by running it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from occamkv.cache.folding import fold_output, fold_value
+from occamkv.cache.folding import fold_output, fold_value, scale_heads
 from occamkv.errors import UnsupportedModel
 from occamkv.formats import check_head_dim
-from occamkv.integrations.transformers.model import FOLDED_FIELD, decoders, folded_layers, text_config
+from occamkv.integrations.transformers.model import (
+    FOLDED_FIELD,
+    FUSED_NAMES,
+    attention_modules,
+    decoders,
+    folded_layers,
+    text_config,
+)
 from occamkv.integrations.transformers.plan import plan_for
+from occamkv.integrations.transformers.statistics import model_statistics
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
-_FUSED_NAMES = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj", "in_proj")
 _CHECK_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class FoldReport:
-    """Layers whose weights now hold V's rotation, and why the others do not."""
+    """Layers whose weights were changed, and why the others were not."""
 
     folded: tuple[int, ...]
     refused: dict[int, str]
@@ -48,7 +54,7 @@ def fold(model: nn.Module) -> FoldReport:
     wanted = {entry.index for entry in plan_for(model.config, "oscar").layers if entry.packs}
     decoder = decoders(model)[0]
     folded, refused = [], {}
-    for index, module in _attention_modules(decoder):
+    for index, module in attention_modules(decoder):
         if index not in wanted:
             continue
         reason = _shared(text) or _refusal(module, text) or _fold_layer(decoder, module, text)
@@ -71,14 +77,6 @@ def _shared(text: Any) -> str | None:
     return None
 
 
-def _attention_modules(decoder: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    names = ("v_proj", *_FUSED_NAMES)
-    for module in decoder.modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and any(isinstance(getattr(module, name, None), nn.Module) for name in names):
-            yield index, module
-
-
 def _projections(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     outputs = (getattr(module, name, None) for name in _OUTPUT_NAMES)
     return getattr(module, "v_proj", None), next((out for out in outputs if isinstance(out, nn.Module)), None)
@@ -92,7 +90,7 @@ def _head_dim(module: nn.Module, text: Any) -> int:
 def _refusal(module: nn.Module, text: Any) -> str | None:
     value, output = _projections(module)
     if value is None:
-        fused = next(name for name in _FUSED_NAMES if isinstance(getattr(module, name, None), nn.Module))
+        fused = next(name for name in FUSED_NAMES if isinstance(getattr(module, name, None), nn.Module))
         return f"V comes out of a fused projection ({fused}), which also makes Q and K"
     if output is None:
         return f"no output projection was found beside v_proj (looked for {', '.join(_OUTPUT_NAMES)})"
@@ -108,31 +106,85 @@ def _refusal(module: nn.Module, text: Any) -> str | None:
 
 
 def _fold_layer(decoder: nn.Module, module: nn.Module, text: Any) -> str | None:
-    """Fold one layer and run it; put it back and return a reason if its output moved."""
+    """Fold one layer's V and run it; put it back and return a reason if its output moved."""
     value, output = _projections(module)
     if not isinstance(value, nn.Linear) or not isinstance(output, nn.Linear):
         return "its projections are not plain linear layers"
-    before = _output_of(decoder, output)
-    saved = [p.detach().clone() for p in (value.weight, output.weight)]
-    saved_bias = None if value.bias is None else value.bias.detach().clone()
     head_dim = _head_dim(module, text)
-    heads, q_heads = value.out_features // head_dim, output.in_features // head_dim
-    weight, bias = fold_value(saved[0], saved_bias, heads=heads)
-    with torch.no_grad():
-        value.weight.copy_(weight)
-        output.weight.copy_(fold_output(saved[1], heads=q_heads))
-        if bias is not None:
-            value.bias.copy_(bias)
-    moved = float((_output_of(decoder, output) - before).norm() / before.norm().clamp_min(1e-30))
-    allowed = 1e-4 if value.weight.dtype == torch.float32 else 0.05
-    if moved <= allowed:
+    weight, bias = fold_value(value.weight, value.bias, heads=value.out_features // head_dim)
+    new = {value.weight: weight, output.weight: fold_output(output.weight, heads=output.in_features // head_dim)}
+    if bias is not None:
+        new[value.bias] = bias
+    moved = _change(decoder, output, new)
+    if moved is None:
         return None
-    with torch.no_grad():
-        value.weight.copy_(saved[0])
-        output.weight.copy_(saved[1])
-        if saved_bias is not None:
-            value.bias.copy_(saved_bias)
     return f"something between V and the output projection is not linear per head (its output moved by {moved:.2g})"
+
+
+@torch.no_grad()
+def _change(decoder: nn.Module, output: nn.Linear, new: dict[Tensor, Tensor]) -> float | None:
+    """Set parameters of a layer; if the output then moves by more than rounding, set them back and say by how much."""
+    before = _output_of(decoder, output)
+    old = {parameter: parameter.detach().clone() for parameter in new}
+    for parameter, value in new.items():
+        parameter.copy_(value)
+    moved = float((_output_of(decoder, output) - before).norm() / before.norm().clamp_min(1e-30))
+    if moved <= (1e-4 if output.weight.dtype == torch.float32 else 0.05):
+        return None
+    for parameter, value in old.items():
+        parameter.copy_(value)
+    return moved
+
+
+def fold_balance(model: nn.Module) -> FoldReport:
+    """Fold each layer's balance vector into its query and key projections: K then comes out balanced.
+
+    Nothing needs to be noted: the statistics of the changed model give d = 1 by themselves. Layers with a norm or
+    another RoPE pairing between projection and cache cannot be folded; each layer is checked by running it.
+
+    Args:
+        model: A transformers model; its weights are changed in place.
+
+    Raises:
+        UnsupportedModel: No layer can be folded, with the reason of each kind.
+    """
+    text = text_config(model.config)
+    decoder, found = decoders(model)[0], model_statistics(model)
+    folded, refused = [], {}
+    for index, module in attention_modules(decoder):
+        if index not in found:
+            continue
+        reason = _shared(text) or _fold_balance(decoder, module, found[index].balance)
+        if reason is None:
+            folded.append(index)
+        else:
+            refused[index] = reason
+    if not folded:
+        told = sorted(set(refused.values())) or ["no attention layer with a value projection was found"]
+        raise UnsupportedModel(f"the balance cannot be folded into this model: {'; '.join(told)}. Nothing was changed.")
+    return FoldReport(tuple(sorted(folded)), refused)
+
+
+def _fold_balance(decoder: nn.Module, module: nn.Module, vector: Tensor) -> str | None:
+    _, output = _projections(module)
+    query, key = getattr(module, "q_proj", None), getattr(module, "k_proj", None)
+    if type(query) is not nn.Linear or type(key) is not nn.Linear or not isinstance(output, nn.Linear):
+        return "Q and K do not come out of plain linear layers of their own"
+    heads, head_dim = vector.shape
+    new: dict[Tensor, Tensor] = {}
+    for part, scale in ((query, 1 / vector), (key, vector)):
+        count = part.out_features // head_dim
+        if part.out_features % head_dim or count % heads:
+            return f"a projection has {part.out_features} channels, no multiple of {heads} heads of {head_dim}"
+        new[part.weight] = scale_heads(part.weight, scale, heads=count)
+        if part.bias is not None:
+            new[part.bias] = scale_heads(part.bias, scale, heads=count)
+    moved = _change(decoder, output, new)
+    if moved is None:
+        return None
+    return (
+        f"something between the projections and the cache is not linear per channel (its output moved by {moved:.2g})"
+    )
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from occamkv.cache import LayerCache, LayerReport
+from occamkv.cache.chooser import Chooser
 from occamkv.cache.masks import Seen, read_mask, read_pads
 from occamkv.errors import CacheMismatch, OccamError, UnsupportedFormat, UnsupportedInput
 from occamkv.formats import check_head_dim
 from occamkv.integrations.transformers.model import folded_layers
 from occamkv.integrations.transformers.tensor import PackedTensor
 from occamkv.methods import Method
+from occamkv.methods.auto import Dial
+from occamkv.methods.crossing import Statistics
+from occamkv.methods.trial import Reading
 
 
 class Shared:
@@ -98,10 +102,13 @@ class Shared:
 class PackedLayer(DynamicLayer):
     """A full-attention layer whose K and V are packed. `update` returns `PackedTensor`s for our attention function.
 
+    An `observer` is called with Q `[B, Hq, T, D]` of each step in model space, the cache before it packs anything of
+    that step, and how the layer reads its tokens.
+
     Args:
         index: Number of the layer.
         method: How tokens are packed.
-        balance: d, `[H, D]`, for a balanced rotation.
+        statistics: Of the model's queries and keys, for methods that need them.
         min_tokens: Nothing is packed below this many tokens.
         pack_after_attend: See `LayerCache`.
     """
@@ -114,20 +121,26 @@ class PackedLayer(DynamicLayer):
         index: int,
         method: Method,
         *,
-        balance: Tensor | None = None,
+        statistics: Statistics | None = None,
         min_tokens: int = 0,
         pack_after_attend: bool = True,
     ) -> None:
         self.index = index
         self.cache: LayerCache | None = LayerCache(
-            method, balance=balance, min_tokens=min_tokens, pack_after_attend=pack_after_attend
+            method, statistics=statistics, min_tokens=min_tokens, pack_after_attend=pack_after_attend
         )
-        self.method = method
         self.reason: str | None = None
+        self.observer: Callable[[Tensor, LayerCache, Reading], None] | None = None
         self.shared = Shared("", ())
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         super().__init__()
+
+    def choose_by(self, dial: Dial) -> None:
+        """Choose the method when the first tokens are due, by a dial that the layers of the cache share."""
+        if self.cache is not None:
+            self.cache.chooser = Chooser(dial, self.index)
+            self.observer = self.cache.chooser.see
 
     @property
     def keys(self) -> Tensor | None:
@@ -297,16 +310,20 @@ class PackedLayer(DynamicLayer):
             )
         store, held_bytes = self.cache.store, self.cache.nbytes()
         if store is None:
-            return LayerReport(self.index, str(self.method), packing_starts=self.cache.packing_starts)
+            return LayerReport(self.index, str(self.cache.method), packing_starts=self.cache.packing_starts)
         batch, heads, _, head_dim = store.residual_k.shape
+        bits = self.cache.method.bits_per_value(kv_heads=heads, head_dim=head_dim)
+        full_bits = 8 * store.residual_k.element_size()
+        packed, found = sum(self.cache.packed_tokens()), store.found_pins()
         per_slot = 2 * batch * heads * head_dim * store.residual_k.element_size()
         return LayerReport(
             index=self.index,
-            method=str(self.method),
+            method=str(self.cache.method),
             backend=store.backend.name,
-            bits_per_value=self.method.bits_per_value(kv_heads=heads, head_dim=head_dim),
+            bits_per_value=bits if not packed else (bits * packed + full_bits * found) / (packed + found),
             tokens=self.cache.length,
-            packed_tokens=sum(self.cache.packed_tokens()),
+            packed_tokens=packed,
+            found_pins=found,
             packed_bytes=held_bytes["packed"],
             residual_bytes=held_bytes["residual"],
             pin_bytes=held_bytes["pins"],

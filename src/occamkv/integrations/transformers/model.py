@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,9 @@ from transformers import PreTrainedModel
 
 FOLDED_FIELD = "occamkv_folded_v"
 """Name of the configuration field that lists the layers whose weights hold V's rotation."""
+
+FUSED_NAMES = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj", "in_proj")
+"""Names of projections that make V together with something else."""
 
 
 def text_config(config: Any) -> Any:
@@ -38,3 +42,12 @@ def use_attention(model: nn.Module, name: str) -> str | None:
     if before != name:
         parts[0].set_attn_implementation(name)
     return before
+
+
+def attention_modules(decoder: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """Yield the attention layers of a decoder with their numbers: modules with a layer number that make V."""
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        names = ("v_proj", *FUSED_NAMES)
+        if isinstance(index, int) and any(isinstance(getattr(module, name, None), nn.Module) for name in names):
+            yield index, module

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -16,6 +16,8 @@ from occamkv.integrations.transformers.fingerprint import fingerprint
 from occamkv.integrations.transformers.layer import PackedLayer, Shared
 from occamkv.integrations.transformers.model import folded_layers, text_config
 from occamkv.methods import Method, method
+from occamkv.methods.auto import Dial
+from occamkv.methods.crossing import Statistics
 
 _REASONS = {
     "Sliding": "sliding window: its cache never grows beyond the window",
@@ -61,7 +63,7 @@ def plan_for(config: Any, chosen: Method | str) -> Plan:
 
 
 def build_layers(
-    config: Any, plan: Plan, *, balance: Mapping[int, Tensor] | None = None, min_tokens: int = 0
+    config: Any, plan: Plan, *, statistics: Mapping[int, Statistics] | None = None, min_tokens: int = 0
 ) -> list[Any]:
     """Return one cache layer per model layer: ours where the plan packs, transformers' own elsewhere.
 
@@ -71,7 +73,7 @@ def build_layers(
     """
     text = text_config(config)
     layers = _dynamic_layers(text)
-    strange = sorted(set(balance or {}) - {entry.index for entry in plan.layers if entry.packs})
+    strange = sorted(set(statistics or {}) - {entry.index for entry in plan.layers if entry.packs})
     if min_tokens < 0 or strange:
         raise UnsupportedInput(
             f"min_tokens is {min_tokens} and balance names layers {strange} that are not packed; "
@@ -82,6 +84,9 @@ def build_layers(
             f"the plan has {len(plan.layers)} layers and fingerprint {plan.fingerprint!r}, the model {len(layers)} and "
             f"{fingerprint(text)!r}. Make a plan for this model."
         )
+    dials = {
+        each: Dial(each, count) for each, count in Counter(entry.method.budget for entry in plan.layers).items() if each
+    }
     shares = bool(getattr(text, "num_kv_shared_layers", 0)) or any("Dummy" in type(layer).__name__ for layer in layers)
     for entry in plan.layers:
         if not entry.packs:
@@ -89,25 +94,41 @@ def build_layers(
         reason = _not_packed(layers[entry.index], text)
         if reason is not None:
             raise UnsupportedInput(f"the plan packs layer {entry.index}, but it cannot be packed: {reason}.")
-        vector = (balance or {}).get(entry.index)
-        if entry.method.k_rotation == "balanced" and vector is None:
-            raise UnsupportedInput(
-                f"layer {entry.index} has a balanced rotation and no balance vector. "
-                "Pass balance={layer: [H, D] tensor}."
-            )
-        if entry.method.k_rotation != "balanced" and vector is not None:
-            raise UnsupportedInput(
-                f"balance has a vector for layer {entry.index}, but its method {entry.method} has "
-                f"k_rotation={entry.method.k_rotation!r}. Leave it out, or override k_rotation='balanced'."
-            )
-        layers[entry.index] = PackedLayer(
-            entry.index, entry.method, balance=vector, min_tokens=min_tokens, pack_after_attend=not shares
+        own = (statistics or {}).get(entry.index)
+        _check_statistics(entry, own)
+        packed = layers[entry.index] = PackedLayer(
+            entry.index, entry.method, statistics=own, min_tokens=min_tokens, pack_after_attend=not shares
         )
+        if entry.method.budget is not None:
+            packed.choose_by(dials[entry.method.budget])
     shared = Shared("" if text.is_encoder_decoder else fingerprint(text), layers)
     for layer in layers:
         if isinstance(layer, PackedLayer):
             layer.shared = shared
     return layers
+
+
+def current_plan(plan: Plan, layers: Sequence[Any]) -> Plan:
+    """Return a plan with the methods that its layers have chosen so far."""
+    entries = []
+    for entry, layer in zip(plan.layers, layers, strict=True):
+        held = layer.cache if isinstance(layer, PackedLayer) else None
+        entries.append(entry if held is None else LayerPlan(entry.index, held.method, entry.reason))
+    return Plan(tuple(entries), plan.model_type, plan.fingerprint)
+
+
+def _check_statistics(entry: LayerPlan, own: Statistics | None) -> None:
+    """Refuse statistics that are missing or that the method would not use."""
+    if own is None and entry.method.needs_model:
+        raise UnsupportedInput(
+            f"method {entry.method} of layer {entry.index} needs what only the model can tell (a balance vector). Pass "
+            "the model instead of its configuration, or balance={layer: [H, D] tensor}, or name another method."
+        )
+    if own is not None and not entry.method.needs_model:
+        raise UnsupportedInput(
+            f"balance has a vector for layer {entry.index}, but its method {entry.method} has "
+            f"k_rotation={entry.method.k_rotation!r}. Leave it out, or override k_rotation='balanced'."
+        )
 
 
 def _dynamic_layers(text: Any) -> list[Any]:

@@ -2,26 +2,29 @@
 
 import os
 import platform
+import shlex
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import occamkv
+from occamkv import __version__
 
 
-def conditions() -> dict[str, Any]:
-    """Return machine, versions, threads, date and command."""
+def conditions(device: str = "cpu") -> dict[str, Any]:
+    """Return machine, versions, threads, date and command. `device`: where the model ran."""
+    import torch
+    import transformers
+
+    program = Path(sys.argv[0])
+    command = [program.name] if program.suffix != ".py" else ["python", os.path.relpath(program)]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{_cpu()}, {os.cpu_count()} cores",
+        "command": shlex.join([*command, *sys.argv[1:]]),
+        "machine": f"{_cpu()}, {os.cpu_count()} cores" + ("" if device == "cpu" else f", {_accelerator(device)}"),
         "threads": torch.get_num_threads(),
         "versions": {
-            "occamkv": occamkv.__version__,
+            "occamkv": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -35,3 +38,9 @@ def _cpu() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _accelerator(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device

@@ -1,0 +1,85 @@
+"""Which tokens are pinned because of what they are, and when the others are packed.
+
+Pinned tokens leave the stream of tokens, so records hold none of them; only their positions remember that they were
+there. Judging and packing depend on counts alone, never on how a text was cut into calls.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from occamkv.formats import PAGE_TOKENS
+from occamkv.methods import Method
+from occamkv.ops.outliers import lowest, outliers
+
+_FREE_PINS = 4
+_BEHIND = 2**62
+_MOST_PINS = 0.02  # of the tokens judged so far, beside the free ones
+
+
+class Routing(NamedTuple):
+    """What becomes of waiting tokens: `found` are pinned (numbers among the waiting, ascending), `due` are packed.
+
+    `due` counts what is left when the pinned ones are out; `judged` of the tokens behind the due ones have been judged.
+    """
+
+    found: list[int]
+    due: int
+    judged: int
+
+
+def route(method: Method, k: Tensor, v: Tensor, *, judged: int, pinned: int, before: int) -> Routing:
+    """Judge waiting tokens, a record's worth whenever 128 are not yet judged, and pack the fit ones by full records.
+
+    When tokens are judged depends on their number alone, so every layer does it in the same step.
+
+    Args:
+        method: One that finds pins.
+        k: `[H, n, D]`: the waiting tokens, oldest first, in cache space.
+        v: The same shape.
+        judged: How many of them, from the oldest on, were judged before.
+        pinned: How many tokens were pinned by judging so far.
+        before: How many tokens before these were packed or pinned by judging.
+    """
+    waiting = k.shape[1]
+    step = method.flush_tokens
+    if method.lowest_pins:
+        found = lowest(k[:, :PAGE_TOKENS], method.lowest_pins) if not pinned and waiting >= PAGE_TOKENS else []
+        left = waiting - len(found)
+        return Routing(found, ((left - PAGE_TOKENS) // step + 1) * step if left >= PAGE_TOKENS else 0, 0)
+    at, staged, due, found = judged, judged, 0, list[int]()
+    blocks = (waiting - judged - PAGE_TOKENS) // step + 1
+    span = slice(judged, judged + blocks * step)
+    factors = outliers(k[:, span], v[:, span]).tolist()
+    for first in range(0, len(factors), step):
+        here = factors[first : first + step]
+        allowed = int(_FREE_PINS + _MOST_PINS * (before + at + step)) - pinned - len(found)
+        worst = sorted((-factor, i) for i, factor in enumerate(here) if factor)[: max(0, allowed)]
+        found += sorted(at + i for _, i in worst)
+        at, staged = at + step, staged + step - len(worst)
+        if staged >= step:
+            due, staged = due + step, staged - step
+    return Routing(found, due, staged)
+
+
+def skips(pins: Sequence[int]) -> list[int]:
+    """Return, for each pin of a sequence (positions, ascending), the number of the stream token that follows it.
+
+    The position of a stream token is its number plus the count of skips that are not above that number.
+    """
+    return [position - index for index, position in enumerate(pins)]
+
+
+def position(number: int, pins: Sequence[int]) -> int:
+    """Return the position of one stream token."""
+    return number + bisect_right(skips(pins), number)
+
+
+def skip_table(pins: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return the skips of all sequences, int64 `[B, P]`, short rows filled with a number above every token's."""
+    longest = max((len(row) for row in pins), default=0)
+    rows = [skips(row) + [_BEHIND] * (longest - len(row)) for row in pins]
+    return torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(pins), longest)
