@@ -114,8 +114,12 @@ EVAL = ("eval-smollm2", "eval-gemma3")
 WIKITEXT = ("eval-smollm2-wikitext2", "eval-gemma3-wikitext2")
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"memory": memory, "quality": partial(quality, *EVAL, only=SHOWN)},
+    "CLAIMS.md": {"wikitext": partial(quality, *WIKITEXT)},
     "docs/methods.md": {
         "all": partial(quality, *EVAL),
+        "balance": partial(by_model, "balance", "source"),
+        "ablation": partial(by_model, "ablation", "method"),
+        "dial": partial(quality, "dial-smollm2", "dial-gemma3"),
     },
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -215,7 +216,8 @@ def _show(result: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in cells:
         table.add_row(*(row[name] for name in shown))
-    out.print(table, width=None if out.is_terminal else _WIDTH)
+    wide = out if out.is_terminal else Console(file=out.file, width=_WIDTH)
+    wide.print(table)
     for row in result["rows"]:
         for task in row.get("tasks") or []:
             out.print(
