@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,21 +54,31 @@ def fold(model: nn.Module) -> FoldReport:
         )
     wanted = {entry.index for entry in plan_for(model.config, "oscar").layers if entry.packs}
     decoder = decoders(model)[0]
+
+    def fold_one(_index: int, module: nn.Module) -> str | None:
+        return _shared(text) or _refusal(module, text) or _fold_layer(decoder, module, text)
+
+    report = _fold_layers(decoder, wanted, fold_one, what="V's rotation")
+    setattr(text, FOLDED_FIELD, list(report.folded))
+    return report
+
+
+def _fold_layers(
+    decoder: nn.Module, wanted: Collection[int], fold_one: Callable[[int, nn.Module], str | None], *, what: str
+) -> FoldReport:
+    """Fold the wanted layers one by one; `fold_one` returns why it left a layer as it was, or None."""
     folded, refused = [], {}
     for index, module in attention_modules(decoder):
         if index not in wanted:
             continue
-        reason = _shared(text) or _refusal(module, text) or _fold_layer(decoder, module, text)
+        reason = fold_one(index, module)
         if reason is None:
             folded.append(index)
         else:
             refused[index] = reason
     if not folded:
         told = sorted(set(refused.values())) or ["no attention layer with a value projection was found"]
-        raise UnsupportedModel(
-            f"V's rotation cannot be folded into this model: {'; '.join(told)}. Nothing was changed."
-        )
-    setattr(text, FOLDED_FIELD, sorted(folded))
+        raise UnsupportedModel(f"{what} cannot be folded into this model: {'; '.join(told)}. Nothing was changed.")
     return FoldReport(tuple(sorted(folded)), refused)
 
 
@@ -150,19 +161,11 @@ def fold_balance(model: nn.Module) -> FoldReport:
     """
     text = text_config(model.config)
     decoder, found = decoders(model)[0], model_statistics(model)
-    folded, refused = [], {}
-    for index, module in attention_modules(decoder):
-        if index not in found:
-            continue
-        reason = _shared(text) or _fold_balance(decoder, module, found[index].balance)
-        if reason is None:
-            folded.append(index)
-        else:
-            refused[index] = reason
-    if not folded:
-        told = sorted(set(refused.values())) or ["no attention layer with a value projection was found"]
-        raise UnsupportedModel(f"the balance cannot be folded into this model: {'; '.join(told)}. Nothing was changed.")
-    return FoldReport(tuple(sorted(folded)), refused)
+
+    def fold_one(index: int, module: nn.Module) -> str | None:
+        return _shared(text) or _fold_balance(decoder, module, found[index].balance)
+
+    return _fold_layers(decoder, found, fold_one, what="the balance")
 
 
 def _fold_balance(decoder: nn.Module, module: nn.Module, vector: Tensor) -> str | None:
