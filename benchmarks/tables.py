@@ -1,4 +1,4 @@
-"""Write the tables of README.md and CLAIMS.md from the result files; `--check` only compares.
+"""Write the tables of the documents from the result files; `--check` only compares.
 
 Run: `python benchmarks/tables.py`.
 """
@@ -106,6 +106,87 @@ def memory() -> str:
     )
 
 
+def measured(make: Callable[[dict[str, Any]], str], name: str) -> str:
+    """Return a table of `occamkv bench`, or where it will come from while there is no result file."""
+    if not (RESULTS / f"{name}.json").exists():
+        return f"Not measured yet: this table will be made from `{name}.json` in the folder of results."
+    data = read(name)
+    cpu = data["cpu"]
+    load = f"Load average {cpu['load_start']:.1f} before and {cpu['load_end']:.1f} after."
+    return "\n".join([make(data), "", f"{under(data)} {load}"])
+
+
+def attend_speed(data: dict[str, Any]) -> str:
+    """Return the table of `occamkv bench attend`, errors and crossovers below it."""
+    lines = [
+        "| shape | context | method | threads | ms | GB/s packed | `enable_gqa` takes | best stock takes | which |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        lines.append(
+            f"| {row['shape']} | {row['context']} | `{row['method']}` | {row['threads']} | {row['ours_ms']:.2f} | "
+            f"{row['packed_gb_per_s']:.1f} | {row['ratio_enable_gqa']:.1f}x | {row['ratio_best_stock']:.1f}x | "
+            f"{row['best_stock']} |"
+        )
+    errors = [
+        f"{row['shape']}, `{row['method']}`: {row['errors']['ours']:.1e} ({row['errors']['sdpa_gqa_bf16']:.1e})"
+        for row in data["rows"]
+        if row.get("errors")
+    ]
+    told = f"Relative L2 error against float64 (that of SDPA in bf16): {'; '.join(dict.fromkeys(errors))}."
+    return "\n".join([*lines, "", *crossovers(data["rows"], ("shape", "method", "threads")), "", told])
+
+
+def encode_speed(data: dict[str, Any]) -> str:
+    """Return the table of `occamkv bench encode`."""
+    lines = ["| shape | method | threads | tokens/s of a layer | reference backend takes |", "|---|---|---|---|---|"]
+    for row in data["rows"]:
+        lines.append(
+            f"| {row['shape']} | `{row['method']}` | {row['threads']} | {row['ours_tokens_per_s']:.0f} | "
+            f"{row['ratio_reference']:.1f}x |"
+        )
+    return "\n".join(lines)
+
+
+def decode_speed(data: dict[str, Any]) -> str:
+    """Return the tables of `occamkv bench decode`: steps, crossovers, prefill."""
+    lines = [
+        "| model | dtype | context | method | threads | tokens/s | stock, same dtype | x same | x best stock | cache |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        size = f"{row['cache_bytes'] / 2**20:.1f} of {row['stock_bytes'] / 2**20:.1f} MiB"
+        lines.append(
+            f"| {row['shape']} | {row['dtype']} | {row['context']} | `{row['method']}` | {row['threads']} | "
+            f"{1000 / row['ours_ms']:.1f} | {1000 / row['stock_ms']:.1f} | {row['ratio_enable_gqa']:.2f} | "
+            f"{row['ratio_best_stock']:.2f} | {size} |"
+        )
+    lines += ["", *crossovers(data["rows"], ("shape", "dtype", "method", "threads"))]
+    if data["prefill"]:
+        lines += ["", "| prompt | dtype | method | threads | prefill, s | stock, s |", "|---|---|---|---|---|---|"]
+    for row in data["prefill"]:
+        lines.append(
+            f"| {row['shape']}, {row['context']} tokens | {row['dtype']} | `{row['method']}` | {row['threads']} | "
+            f"{row['ours_ms'] / 1000:.2f} | {row['stock_ms'] / 1000:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def crossovers(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[str]:
+    """Return a line for each kind of row: from which context on it is faster than the best stock."""
+    from occamkv.bench.result import crossover_text
+
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    lines = []
+    for names, group in groups.items():
+        *kind, threads = names
+        told = crossover_text([row["context"] for row in group], [row["ratio_best_stock"] for row in group])
+        lines.append(f"- {', '.join(kind)}, {threads} thread{'s' if threads > 1 else ''}: {told}.")
+    return lines
+
+
 SHOWN = (
     *("full", "occam_small", "occam", "occam_quality", "occam_quality_k3v2_g64"),
     *("oscar", "kivi", "turboquant", "turboquant_k3v3"),
@@ -120,6 +201,11 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "balance": partial(by_model, "balance", "source"),
         "ablation": partial(by_model, "ablation", "method"),
         "dial": partial(quality, "dial-smollm2", "dial-gemma3"),
+    },
+    "docs/performance.md": {
+        "attend": partial(measured, attend_speed, "bench-attend"),
+        "encode": partial(measured, encode_speed, "bench-encode"),
+        "decode": partial(measured, decode_speed, "bench-decode"),
     },
 }
 

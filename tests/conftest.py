@@ -1,5 +1,14 @@
 """For all tests: one thread. Tensors are small, and on a busy machine a second thread costs more than it gives."""
 
+import pytest
 import torch
 
+from occamkv import kernels
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def reference_only(monkeypatch):
+    """Caches take the reference: what it reads differs from plain attention by the rounding of float32 alone."""
+    monkeypatch.setattr(kernels, "BACKENDS", ("reference",))

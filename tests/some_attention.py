@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import slow_decoder
-from attention_truth import assert_close, attention, hadamard_matrix, relative_error, torch_attention
+from attention_truth import allowed_error, assert_close, attention, hadamard_matrix, relative_error, torch_attention
 from occamkv import kernels
 from occamkv.formats.records import Records, encode, to_groups
 from occamkv.kernels import FullTokens, PackedTokens
+from occamkv.kernels.cpu import library
 from occamkv.methods import Method, method
 from occamkv.methods.crossing import Statistics
 from scattered_pages import scatter
@@ -38,9 +39,27 @@ METHODS = {
 }
 
 
-def backend_or_skip(name: str, form: Method) -> kernels.Backend:
+def targets() -> tuple[str, ...]:
+    """What the contract runs on: every backend, the CPU's once for each instruction set of this machine."""
+    found = () if library.unavailable() else library.isas()
+    return tuple(
+        n for name in kernels.BACKENDS for n in ([f"cpu-{i}" for i in found] if name == "cpu" else []) or [name]
+    )
+
+
+TARGETS = targets()
+CPU_TARGETS = tuple(name for name in TARGETS if name.startswith("cpu"))
+DEFAULT_TARGETS = tuple(name for name in TARGETS if name not in CPU_TARGETS[1:])
+"""Without the instruction sets that are not the best one: for tests of what all of them share."""
+
+backends = pytest.mark.parametrize("backend", TARGETS, indirect=True)
+default_backends = pytest.mark.parametrize("backend", DEFAULT_TARGETS, indirect=True)
+cpu_backends = pytest.mark.parametrize("backend", CPU_TARGETS, indirect=True)
+
+
+def backend_or_skip(name: str, form: Method, head_dim: int | None = None) -> kernels.Backend:
     """A backend, or a skip that gives its own reason."""
-    reason = kernels.backend(name).refuses(form.packed_format, torch.device("cpu"))
+    reason = kernels.backend(name).refuses(form.packed_format, torch.device("cpu"), head_dim)
     return pytest.skip(reason) if reason else kernels.backend(name)
 
 
@@ -81,7 +100,13 @@ class Case:
         where = {"q_positions": self.q_positions, "positions": self.positions, **options}
         truth = attention(self.q.double(), self.k, self.v, **where)
         short = torch_attention(self.q, self.k.to(self.q.dtype), self.v.to(self.q.dtype), **where)
-        assert_close(out, truth, torch_error=relative_error(short, truth))
+        allowed = allowed_error(
+            getattr(backend, "name", ""),
+            out,
+            truth,
+            bfloat16=lambda: torch_attention(*(x.bfloat16() for x in (self.q, self.k, self.v)), **where),
+        )
+        assert_close(out, truth, torch_error=relative_error(short, truth), allowed=allowed)
         blind = (truth == 0).all(-1)
         assert (out[blind] == 0).all(), "a query that sees nothing must give zeros"
         return truth
@@ -90,6 +115,17 @@ class Case:
     def mask_positions(self) -> int:
         """A number above every position."""
         return int(max(self.positions.max(), self.q_positions.max())) + 1
+
+    def repeated(self, rows: int) -> "Case":
+        """A case of one sequence as one of many equal sequences, read from the same memory: batch strides of 0."""
+
+        def many(x: Tensor) -> Tensor:
+            return x.expand(rows, *x.shape[1:])
+
+        full = [FullTokens(*map(many, (part.k, part.v, part.positions))) for part in self.full]
+        of_rows = {name: many(getattr(self.packed, name)) for name in ("table", "lengths", "first_position")}
+        names = ("q", "q_positions", "k", "v", "positions")
+        return replace(self.with_packed(**of_rows), full=full, **{name: many(getattr(self, name)) for name in names})
 
     def with_packed(self, **changes: Any) -> "Case":
         """The same truth about packed tokens that were tampered with."""

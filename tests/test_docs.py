@@ -1,12 +1,15 @@
 """What the documents say must hold: tables come from result files, links lead somewhere, the README's code runs."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import some_bench_result
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CLAIMS.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,11 +39,26 @@ def test_the_tables_are_those_of_the_result_files():
 
 def test_a_changed_table_is_seen(tmp_path):
     (tmp_path / "docs").mkdir()
-    for name in ("CLAIMS.md", "docs/methods.md"):
+    for name in tables_module().BLOCKS:
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text(text.replace("| `kivi` | 3.00 |", "| `kivi` | 2.00 |"), encoding="utf-8")
     assert tables_module().stale(tmp_path) == ["README.md"]
+
+
+@pytest.mark.parametrize("kind", some_bench_result.RESULTS)
+def test_a_table_of_speed_is_made_from_its_result_file_once_there_is_one(tmp_path, monkeypatch, kind):
+    tables = tables_module()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    make = tables.BLOCKS["docs/performance.md"][kind]
+    assert "Not measured yet" in make()
+    result = some_bench_result.RESULTS[kind]()
+    (tmp_path / f"bench-{kind}.json").write_text(json.dumps(result), encoding="utf-8")
+    text = make()
+    assert "Load average 0.1 before and 1.0 after." in text
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "`occam`" in line]
+    assert len(rows) == len(result["rows"]) + len(result.get("prefill", []))
+    assert ("faster than any stock from about 8k" in text) == (kind == "attend")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

@@ -69,6 +69,7 @@ def test_records_of_single_tokens_are_those_of_a_prompt(name, dtype):
     assert_same_contents(contents(whole, 0), contents(pieces, 0))
 
 
+@pytest.mark.usefixtures("reference_only")
 def test_the_encoder_works_through_a_long_prompt_in_parts(monkeypatch):
     k, v = some_kv(2, 700, torch.float32)
     whole = cache_of(FORMS["rolling"], k, v, [])
@@ -146,6 +147,7 @@ def spy_on_encode(cache, monkeypatch):
     return calls
 
 
+@pytest.mark.usefixtures("reference_only")
 @pytest.mark.parametrize("name", ["kivi", "kivi_roll", "rtn"])
 @pytest.mark.parametrize("pins", ["none", "first:4", "first:4+found", "lowest:5"])
 def test_each_token_is_quantized_exactly_once(name, pins, monkeypatch):

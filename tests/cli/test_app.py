@@ -7,10 +7,12 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+import torch
 
 from occamkv import METHOD_NAMES, __version__
 from occamkv.cli import doctor
 from occamkv.kernels import BACKENDS
+from occamkv.kernels.cpu import library
 from one_line_error import complaints
 
 MAIN = "from occamkv.cli import main; main()"
@@ -91,6 +93,27 @@ def test_the_page_of_doctor_shows_what_the_json_holds(occamkv):
     shown, data = occamkv("doctor").out, occamkv("doctor", "--json", "-").json
     for word in (data["occamkv"], data["python"], *data["packages"], version("torch"), *METHOD_NAMES[:-1], "smollm2"):
         assert word in shown
+
+
+def test_doctor_says_which_native_kernels_there_are(occamkv, monkeypatch):
+    monkeypatch.setattr(library, "unavailable", lambda: None)
+    monkeypatch.setattr(library, "isa", lambda: "avx2")
+    monkeypatch.setattr(library, "isas", lambda: ("avx512", "avx2", "portable"))
+    assert occamkv("doctor", "--json", "-").json["native"] == {
+        "isa": "avx2",
+        "isas": ["avx512", "avx2", "portable"],
+        "threads": torch.get_num_threads(),
+        "reason": None,
+    }
+    told = "Native CPU kernels: avx2 (avx512, portable can be chosen with OCCAMKV_CPU_ISA), threads: "
+    assert f"{told}{torch.get_num_threads()}" in occamkv("doctor").out
+
+
+def test_doctor_says_why_there_are_no_native_kernels_and_what_to_do(occamkv, monkeypatch):
+    monkeypatch.setattr(library, "unavailable", lambda: "No compiler was found: install one.")
+    native = occamkv("doctor", "--json", "-").json["native"]
+    assert (native["isa"], native["isas"], native["reason"]) == (None, [], "No compiler was found: install one.")
+    assert "none. No compiler was found: install one. The reference does the work" in occamkv("doctor").out
 
 
 def test_doctor_says_how_to_install_what_is_missing(occamkv, monkeypatch):

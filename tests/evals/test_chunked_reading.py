@@ -29,6 +29,7 @@ METHODS = {
     "oscar_g64_roll with 4 pins": method("oscar_g64_roll", pins="first:4"),
     **{name: method(name) for name in ("occam", "occam_small", "occam_quality", "ott", "turboquant")},
 }
+pytestmark = pytest.mark.usefixtures("reference_only")
 every_method = pytest.mark.parametrize("name", METHODS)
 
 

@@ -122,6 +122,7 @@ def same_reading(a: Tensor, b: Tensor) -> bool:
     return float(moved.median()) < 1e-3 and float(moved.max()) < 0.05
 
 
+@pytest.mark.usefixtures("reference_only")
 @pytest.mark.parametrize("chosen", [*METHODS.values(), None], ids=[*METHODS, "full"])
 @pytest.mark.parametrize("tokens", PROMPTS.values(), ids=PROMPTS)
 def test_continuing_equals_decoding_token_by_token(tokens, chosen):

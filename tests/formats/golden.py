@@ -52,6 +52,19 @@ CASES = {
         *(2, 80),
         clip=None,
     ),
+    "2 bits, unbiased grid, 8-bit metadata, float16 norms, clipped by bits and group": Case(
+        Format(token_scale=True, norm_dtype="float16", metadata_bits=8),
+        heads=3,
+        head_dim=80,
+        grid="unbiased",
+        clip=None,
+    ),
+    "4-bit K per token, 3-bit V, unbiased grid, padded head_dim": Case(
+        Format(k_axis="token", k_bits=4, k_group=64, v_bits=3, v_group=64),
+        *(1, 112),
+        grid="unbiased",
+        clip=0.9,
+    ),
     "2.5-bit Lloyd-Max levels per token, one head of 24": Case(
         Format(k_bits=2.5, v_bits=2.5, k_axis="token", k_group=256, v_group=256, levels="lloyd"),
         *(1, 24, 1),

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 import occamkv
 from integrations.architectures import REFUSED, TINY
 from integrations.steps import Run, difference, own_layers, prompt, run, words
-from occamkv import CacheReport, PackedCache
+from occamkv import CacheReport, PackedCache, kernels
 from occamkv.errors import NothingQuantized
 from occamkv.integrations.transformers import Attachment
 from occamkv.integrations.transformers.attention import attention_forward
@@ -23,6 +23,9 @@ ROLLING = "oscar_roll"
 DUE = 288  # tokens that are due in the end; found pins are taken out of them
 ABOVE_ALL = 10**6
 ROUNDING = 2e-5
+FIXED_POINT = 5e-3  # between backends, after all layers and steps
+pytestmark = pytest.mark.usefixtures("reference_only")  # but for the one test that compares with it
+
 QUANTIZATION = 1e-3  # what packing moves at least, or agreement within rounding would prove nothing
 
 every_method = pytest.mark.parametrize("method", [ROLLING, "occam", "occam_quality"])
@@ -80,6 +83,18 @@ def test_packed_logits_are_those_of_the_same_cache_read_dequantized(name, method
     assert difference(packed, dense) < ROUNDING
     assert difference(packed[:, :1], untouched[:, :1]) < ROUNDING
     assert difference(packed[:, 1:], untouched[:, 1:]) > QUANTIZATION
+
+
+@every_architecture
+def test_the_default_backend_gives_the_logits_of_the_reference(name, monkeypatch):
+    wanted = packed_run(name, "occam")[0].logits
+    monkeypatch.setattr(kernels, "BACKENDS", BACKENDS)
+    model = TINY[name].build()
+    with attached(model, name, "occam") as handle:
+        found = run(model, prompt(TINY[name], {0: PROMPT}), forced_tokens(0)).logits
+    odd = name.endswith("head_dim 24")  # no multiple of 16
+    assert {layer.backend for layer in handle.report().packed_layers} == {"reference" if odd else BACKENDS[0]}
+    assert difference(found, wanted) < FIXED_POINT
 
 
 @every_method

@@ -18,7 +18,7 @@ from occamkv.integrations.transformers.layer import PackedLayer
 LLAMA = TINY["llama"]
 IDS = words(300)[None]
 ABOVE_ALL = 10**6
-ROUNDING = 1e-5
+ROUNDING, FIXED_POINT = 1e-5, 2e-3
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_a_cache_made_from_a_configuration_alone_says_how_it_is_read(implementat
     assert {bool(layer.reads_packed) for layer in cache.report().layers} == {implementation == "occamkv"}
     assert ("dequantized" in str(cache.report())) == (implementation == "sdpa")
     from_model = run(model, prompt(LLAMA, {0: 300}), tokens, past_key_values=PackedCache(model, "oscar")).logits
-    assert difference(logits, from_model) < ROUNDING
+    assert difference(logits, from_model) < FIXED_POINT
 
 
 @pytest.mark.parametrize("method", ["occam", "occam_small", "occam_quality"])

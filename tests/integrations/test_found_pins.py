@@ -13,7 +13,7 @@ from occamkv.integrations.transformers.layer import PackedLayer
 from some_attention import some_statistics
 
 LLAMA = TINY["llama"]
-ROUNDING = 1e-5
+ROUNDING = 2e-3  # of 16-bit fixed point
 QUALITY = method("occam_quality")
 
 

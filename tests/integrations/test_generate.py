@@ -13,12 +13,13 @@ import occamkv
 from integrations.architectures import TINY
 from integrations.comparison import Call, comparing
 from integrations.steps import difference, prompt, run, words
-from occamkv import PackedCache
+from occamkv import PackedCache, kernels
 from occamkv.integrations.transformers import attention
 
 PROMPT, SHORTER, NEW = 370, 300, 40  # the new tokens fill the residual, so packing goes on while generating
 ABOVE_ALL = 10**6
-ROUNDING = 1e-5
+ROUNDING = {"reference": 1e-5, "cpu": 2e-3}  # of float32; of 16-bit fixed point
+BACKENDS = kernels.BACKENDS
 LLAMA = TINY["llama"]
 
 FEATURES = {
@@ -73,9 +74,10 @@ def calls(monkeypatch):
 
 
 def assert_packed_tokens_were_read_rightly(calls: list[Call], cache: PackedCache) -> None:
-    assert max(call.error for call in calls) < ROUNDING
+    layers = cache.report().layers
+    assert max(call.error for call in calls) < ROUNDING[layers[0].backend]
     assert any(call.packed for call in calls)
-    assert all(layer.reads_packed and layer.packed_tokens and not layer.reads_dense for layer in cache.report().layers)
+    assert all(layer.reads_packed and layer.packed_tokens and not layer.reads_dense for layer in layers)
 
 
 @every_feature
@@ -87,11 +89,13 @@ def test_while_nothing_is_packed_the_tokens_are_those_of_transformers_own_cache(
     assert not cache.report().quantized
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("method", "packed"), [("occam", 256 + 32), ("oscar", 256 + 128)])
 @every_feature
 def test_every_attention_call_on_packed_tokens_is_plain_attention_on_the_dequantized_ones(
-    feature, method, packed, model, calls
+    feature, method, packed, backend, model, calls, monkeypatch
 ):
+    monkeypatch.setattr(kernels, "BACKENDS", (backend,))
     cache = PackedCache(model, method)
     tokens = generate(model, feature, past_key_values=cache)
     assert tokens.shape[1] == PROMPT + NEW
@@ -108,7 +112,7 @@ def test_twin_attention_that_is_off_by_a_percent_is_noticed(model, monkeypatch):
     generate(model, "greedy", past_key_values=PackedCache(model))
     monkeypatch.undo()
     attention.register()
-    assert max(call.error for call in found) > 100 * ROUNDING
+    assert max(call.error for call in found) > 2 * max(ROUNDING.values())
 
 
 def test_speculation_packs_nothing_that_may_be_taken_back(model):
@@ -183,7 +187,7 @@ def test_rows_move_with_all_that_is_packed(change, rows, model):
     cache = run(model, prompt(LLAMA, {0: PROMPT, 1: SHORTER}), tokens, past_key_values=PackedCache(model)).cache
     expected = _step(model, copy.deepcopy(cache), [0, 1])
     change(cache)
-    assert difference(_step(model, cache, rows), expected[rows]) < ROUNDING
+    assert difference(_step(model, cache, rows), expected[rows]) < ROUNDING[BACKENDS[0]]
     assert difference(expected[:1], expected[1:]) > 0.1  # another row would not do
 
 

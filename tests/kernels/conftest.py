@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from occamkv.kernels.cpu import library
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
@@ -17,3 +19,16 @@ def poisoned_memory(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def backend(request):
+    """The name of a backend; with "cpu-avx2" as the parameter the CPU's, with that instruction set."""
+    name, _, isa = request.param.partition("-")
+    if not isa:
+        yield name
+        return
+    before = library.isa()
+    library.select(isa)
+    yield name
+    library.select(before)

@@ -9,7 +9,7 @@ import slow_decoder
 from occamkv import kernels
 from occamkv.formats import padded
 from scattered_pages import clone_slabs, page_at
-from some_attention import METHODS, Case, Held, backend_or_skip, make_case
+from some_attention import METHODS, Case, Held, backend_or_skip, backends, make_case
 
 REFERENCE = kernels.backend("reference")
 WIDE_CODES = "oscar-k4v3-balanced-with-float16-norms"
@@ -48,8 +48,8 @@ TAMPERED = {
     "heads exchanged": lambda c: in_every_slab(c, lambda p, s: p.records.copy_(p.records.flip(1))),
     "norms one token late": lambda c: in_every_slab(c, lambda p, s: p.norms.copy_(p.norms.roll(1, 1))),
     "norms left out": lambda c: in_every_slab(c, lambda p, s: p.norms.fill_(1)),
-    "length one too long": lambda c: off_by(c, "lengths", 1),
-    "length one too short": lambda c: off_by(c, "lengths", -1),
+    "length one record too long": lambda c: off_by(c, "lengths", c.packed.format.record_tokens),
+    "length one record too short": lambda c: off_by(c, "lengths", -c.packed.format.record_tokens),
     "sequences exchanged": lambda c: c.with_packed(table=c.packed.table.flip(0)),
     "pages of a sequence exchanged": lambda c: c.with_packed(table=c.packed.table.flip(1)),
     "empty slots read": garbage_shown,
@@ -111,7 +111,7 @@ def even_case(name: str, head_dim: int) -> Case:
     return replace(case, q=case.q * 0.3)
 
 
-@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@backends
 @pytest.mark.parametrize("name", METHODS)
 def test_every_section_of_a_record_is_read(backend, name):
     case, target = even_case(name, 64), backend_or_skip(backend, METHODS[name])
@@ -135,7 +135,7 @@ def test_every_section_of_a_record_is_read(backend, name):
             assert not torch.equal(flip(case, byte=byte, bit=3, tensor="super_scales").attend(target), before)
 
 
-@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@backends
 @pytest.mark.parametrize("name", METHODS)
 def test_codes_of_padding_channels_are_not_read(backend, name):
     case, target = even_case(name, 80), backend_or_skip(backend, METHODS[name])

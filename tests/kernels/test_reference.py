@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from occamkv import kernels
-from occamkv.kernels import reference
+from occamkv.kernels import blockwise, reference
 from some_attention import METHODS, RAGGED, Held, make_case
 
 
@@ -14,8 +14,8 @@ from some_attention import METHODS, RAGGED, Held, make_case
 def test_the_cut_into_blocks_does_not_show(monkeypatch, pages_at_once, logits, option):
     case = make_case(METHODS["oscar"], queries=7, held=(*RAGGED, Held(0, 11, 0), Held(4, 1, 0, pads=7)))
     page_bytes = 2 * 4 * 2 * 128 * 64
-    monkeypatch.setattr(reference, "_KV_WORKSPACE_BYTES", pages_at_once * page_bytes)
-    monkeypatch.setattr(reference, "_LOGITS", logits)
+    monkeypatch.setattr(blockwise, "_KV_WORKSPACE_BYTES", pages_at_once * page_bytes)
+    monkeypatch.setattr(blockwise, "_LOGITS", logits)
     case.check(reference, **option)
 
 

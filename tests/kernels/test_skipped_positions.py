@@ -7,12 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occamkv import kernels
 from occamkv.kernels.contract import positions_of
-from some_attention import METHODS, Case, Held, backend_or_skip, make_case
+from some_attention import METHODS, Case, Held, backend_or_skip, backends, make_case
 
 BEHIND_ALL = 2**62
-backends = pytest.mark.parametrize("backend", kernels.BACKENDS)
 
 PINS = [[0, 1, 50, 51, 199], [7, 31, 32], []]
 HELD = tuple(Held(len(pins), groups, residual) for pins, groups, residual in zip(PINS, (7, 4, 3), (20, 3, 90)))  # noqa: B905

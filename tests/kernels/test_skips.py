@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from occamkv import kernels
-from some_attention import ASKS_AND_FINDS, METHODS, RAGGED, Case, Held, backend_or_skip, make_case
+from some_attention import ASKS_AND_FINDS, METHODS, RAGGED, Case, Held, backend_or_skip, backends, make_case
 
 FORMS = {name: METHODS[name] for name in ("oscar", "rtn")} | {"occam": ASKS_AND_FINDS["occam"]}
 SCATTERED = (Held(9, 5, 20), Held(2, 0, 3), Held(1, 3, 127), Held(4, 2, 40, pads=2), Held(0, 1, 5))
-backends = pytest.mark.parametrize("backend", kernels.BACKENDS)
 every_form = pytest.mark.parametrize("name", FORMS)
 
 

@@ -9,7 +9,7 @@ from occamkv import kernels
 from occamkv.formats.pages import Pages
 from occamkv.formats.records import decode_pages
 from occamkv.kernels import PackedTokens
-from some_attention import METHODS, Case, Held, make_case
+from some_attention import METHODS, Case, Held, backend_or_skip, backends, make_case
 from storage_meter import StorageMeter
 
 LIMIT_BYTES = 16 * 2**20
@@ -44,21 +44,22 @@ def peak(case: Case, backend: str) -> int:
     return meter.peak
 
 
-@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@backends
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_workspace_of_a_long_context_is_small(backend, name, queries):
+    backend_or_skip(backend, METHODS[name])
     assert peak(long_case(name, LONG, queries), backend) < LIMIT_BYTES
 
 
-@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@backends
 @pytest.mark.parametrize(("queries", "batch"), [(1, 1), (1, 5), (130, 1)])
 def test_the_workspace_does_not_grow_with_the_context(backend, queries, batch):
     short, long = (peak(long_case("oscar", n, queries, batch), backend) for n in (LONG // 4, LONG))
     assert long <= short * 1.01
 
 
-@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@backends
 @pytest.mark.parametrize(("queries", "batch"), [(1, 1), (5, 3), (130, 1)])
 def test_a_context_of_many_blocks_is_attended_to_exactly(backend, queries, batch):
     long_case("oscar", LONG // 4, queries, batch).check(kernels.backend(backend))

@@ -12,6 +12,8 @@ from torch import Tensor
 from occamkv.cache import masks
 from occamkv.cache.chooser import Chooser
 from occamkv.cache.heap import give_back
+from occamkv.cache.slots import Slots
+from occamkv.cache.stepping import Stepping
 from occamkv.cache.store import Store
 from occamkv.cache.waiting import Waiting, check_same, padded
 from occamkv.errors import UnsupportedInput
@@ -49,16 +51,21 @@ class LayerCache:
         self.pack_after_attend = pack_after_attend
         self.chooser: Chooser | None = None
         self.records_past = False
-        self.dense_reads = self.packed_reads = self.lossy_crops = self._held = 0
+        self.dense_reads = self.packed_reads = self.lossy_crops = 0
         self.store: Store | None = None
         self._crossing: Crossing | None = None
         self._waiting: Waiting | None = None
-        self._kept: Tensor | None = None
+        self._slots = Slots()
+        self._stepping: Stepping | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what holds addresses: a copy of the cache has memory of its own."""
+        return self.__dict__ | {"_stepping": None}
 
     @property
     def length(self) -> int:
         """Slots seen by the engine, pads and the current step included."""
-        return self._held + (0 if self._waiting is None else self._waiting.k.shape[2])
+        return self._slots.count + self.new
 
     @property
     def new(self) -> int:
@@ -73,15 +80,12 @@ class LayerCache:
     @property
     def waiting(self) -> tuple[Tensor, Tensor] | None:
         """K and V of a first step that nothing else has to be read with, `[B, H, T, D]` in model space; else None."""
-        return (self._waiting.k, self._waiting.v) if self._waiting is not None and not self._held else None
+        return (self._waiting.k, self._waiting.v) if self._waiting is not None and not self._slots.count else None
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes held: `packed`, `residual` (the current step included), `pins`."""
         held = {"packed": 0, "residual": 0, "pins": 0} if self.store is None else self.store.nbytes()
-        if self._waiting is not None:
-            held["residual"] += self._waiting.nbytes
-        if self._kept is not None:
-            held["residual"] += self._kept.nbytes
+        held["residual"] += self._slots.nbytes + (0 if self._waiting is None else self._waiting.nbytes)
         return held
 
     @property
@@ -112,7 +116,8 @@ class LayerCache:
         if k.shape[2] == 0:
             return
         step = Waiting(k, v)
-        self._check_storable(step)
+        if self._cross.bound(k, v) > LARGEST_TOKEN:  # only values near the limit need to be rotated to know
+            check_storable(*self._rotated(step), format=self.method.packed_format)
         self.commit()
         if self.store is None:
             self.store = self._new_store(k)
@@ -122,18 +127,13 @@ class LayerCache:
         """Return an empty store for tokens like `k`, `[B, H, T, D]`."""
         return Store(
             self.method,
-            backend_for(self.method.packed_format, k.device).name,
+            backend_for(self.method.packed_format, k.device, k.shape[3]).name,
             shape=(k.shape[0], k.shape[1], k.shape[3]),
             dtype=k.dtype,
             device=k.device,
             min_tokens=self.min_tokens,
             feedback=self._cross.feedback,
         )
-
-    def _check_storable(self, step: Waiting) -> None:
-        """Refuse tokens that could not be packed; only values near the limit need to be rotated to know."""
-        if self._cross.bound(step.k, step.v) > LARGEST_TOKEN:
-            check_storable(*self._rotated(step), format=self.method.packed_format)
 
     def attend(
         self,
@@ -163,6 +163,9 @@ class LayerCache:
         """
         store = self._store()
         self.note(seen)
+        out = self._step(q, seen, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        if out is not None:
+            return out
         full = store.full_tokens()
         at = self._query_positions(q)
         if self._waiting is not None:
@@ -186,6 +189,20 @@ class LayerCache:
         self.settle()
         return self._cross.leave_output(out)
 
+    def _step(self, q: Tensor, seen: masks.Seen | None, **options: object) -> Tensor | None:
+        """Attend and settle in one call of the backend; None if this is not a plain step of one token each."""
+        step, masked = self._waiting, seen is not None and seen.mask is not None
+        waits = self.records_past or not self.pack_after_attend or self.chooser is not None
+        if step is None or step.kept is not None or masked or waits or (q.shape[2], self.new) != (1, 1):
+            return None
+        self._stepping = self._stepping or Stepping(self._store(), self._cross)
+        out = self._stepping.run(q, step.k, step.v, **options)
+        if out is not None:
+            self._waiting = None
+            self._slots.append(1, None)
+            self.packed_reads += 1
+        return out
+
     def note(self, seen: masks.Seen | None) -> None:
         """Remember which tokens of the current step are real."""
         if seen is not None and self._waiting is not None:
@@ -199,7 +216,7 @@ class LayerCache:
         """
         kept = None if bool(real.all()) else real
         try:
-            masks.refuse_right_padding(kept, self.slots_before(self.new), self._held)
+            masks.refuse_right_padding(kept, self.slots_before(self.new), self._slots.count)
         except UnsupportedInput:
             self.forget_step()
             raise
@@ -223,7 +240,7 @@ class LayerCache:
         new = self._waiting.counts()
         if self.chooser is not None and any(self._store().due_after(new)):
             self.adopt(self.chooser.choose(self))
-        step, self._waiting = self._waiting, None
+        step, self._waiting, self._stepping = self._waiting, None, None
         store = self._store()
         store.reserve(new)
         try:
@@ -234,11 +251,9 @@ class LayerCache:
                 store.append(k, v, kept=kept)
         except UnsupportedInput:
             store.pool.drop_free_slabs()
-            self.store = store if self._held else None
+            self.store = store if self._slots.count else None
             raise
-        if step.kept is not None:  # slots behind the last pad are not noted: they are all real
-            self._kept = torch.cat((self._noted(self._held), step.kept), dim=1)
-        self._held += step.k.shape[2]
+        self._slots.append(step.k.shape[2], step.kept)
         if step.k.shape[2] >= _LONG_STEP and step.k.device.type == "cpu":
             give_back()
 
@@ -257,6 +272,7 @@ class LayerCache:
         if self.store is None:
             self.method, self.statistics = method, statistics
             return
+        self._stepping = None
         old, crossing = self.store.residual_k, method.crossing(self.store.residual_k, statistics)
         rows = [crossing.enter(*self._read(row)) for row in range(self.batch)]
         self.method, self.statistics, self._crossing = method, statistics, crossing
@@ -281,23 +297,13 @@ class LayerCache:
         """Return K and V of the tokens that the store holds of a sequence, float32 `[1, H, n, D]` in model space."""
         return self._cross.leave(*(x[None] for x in self._store().read(row)))
 
-    def _noted(self, length: int) -> Tensor:
-        """Return which of the first `length` slots hold real tokens, bool `[B, length]`."""
-        noted = 0 if self._kept is None else min(self._kept.shape[1], length)
-        real = torch.ones(self.batch, length, dtype=torch.bool, device=self._store().residual_k.device)
-        if self._kept is not None:
-            real[:, :noted] = self._kept[:, :noted]
-        return real
-
     def forget_step(self) -> None:
         """Drop the tokens of the current step, after an error."""
         self._waiting = None
 
     def _rotated(self, step: Waiting) -> tuple[Tensor, Tensor]:
         """Return the step's K and V in cache space, in the model's dtype."""
-        if step.rotated is not None:
-            return step.rotated
-        made = self._rotate(step.k, step.v)
+        made = step.rotated or self._rotate(step.k, step.v)
         if step.k.shape[2] < PAGE_TOKENS:
             step.rotated = made
         return made
@@ -314,12 +320,8 @@ class LayerCache:
 
     def real_slots(self) -> Tensor | None:
         """Return which slots hold real tokens, bool `[B, S]`, or None when all do (or nothing is known of them yet)."""
-        new = None if self._waiting is None else self._waiting.kept
-        if self._kept is None and new is None:
-            return None
-        if new is None:
-            return self._noted(self.length)
-        return torch.cat((self._noted(self._held), new), dim=1)
+        kept = None if self._waiting is None else self._waiting.kept
+        return self._slots.with_step(self.new, kept, like=self._store().residual_k)
 
     def slots_before(self, new: int) -> Tensor | None:
         """Return `real_slots` without the newest `new` slots."""
@@ -331,12 +333,12 @@ class LayerCache:
         self.dense_reads += 1
         if self.waiting is not None:
             return self.waiting
-        template = self._store().residual_k
-        k = template.new_zeros(*template.shape[:2], self._held, template.shape[3])
-        v = torch.zeros_like(k)
+        template, slots = self._store().residual_k, self._slots
+        k = template.new_zeros(*template.shape[:2], slots.count, template.shape[3])
+        v, real = torch.zeros_like(k), None if slots.kept is None else slots.real(slots.count, like=template)
         for row in range(self.batch):
             row_k, row_v = (x[0].to(k.dtype) for x in self._read(row))
-            at = slice(None) if self._kept is None else self._noted(self._held)[row].nonzero()[:, 0]
+            at = slice(None) if real is None else real[row].nonzero()[:, 0]
             k[row][:, at], v[row][:, at] = row_k, row_v
         if self._waiting is None:
             return k, v
@@ -357,7 +359,8 @@ class LayerCache:
         chosen = [row % self.batch for row in rows]
         index = torch.tensor(chosen, device=self.store.residual_k.device)
         self.store.select(chosen)
-        self._kept = None if self._kept is None else self._kept[index]
+        self._slots.select(index)
+        self._stepping = None
         if self._waiting is not None:
             self._waiting = self._waiting.select(index)
 
@@ -375,17 +378,14 @@ class LayerCache:
             count -= taken
         if not count:
             return
-        self._held -= count
-        counts = [count] * self.batch
-        if self._kept is not None:
-            counts = self._noted(self._held + count)[:, self._held :].sum(1).tolist()
-            self._kept = self._kept[:, : self._held]
+        counts = self._slots.remove(count, self.batch)
+        self._stepping = None
         self.lossy_crops += self._store().remove(counts)
 
     def reset(self) -> None:
         """Forget everything, the batch size included."""
-        self.store = self._waiting = self._kept = None
-        self._held, self.records_past = 0, False
+        self.store = self._waiting = self._stepping = None
+        self._slots, self.records_past = Slots(), False
         self.dense_reads = self.packed_reads = self.lossy_crops = 0
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from occamkv.formats import PAGE_TOKENS
+from occamkv.kernels import FullTokens
 from occamkv.methods import Method
 from occamkv.ops.outliers import lowest, outliers
 
@@ -83,3 +84,10 @@ def skip_table(pins: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     longest = max((len(row) for row in pins), default=0)
     rows = [skips(row) + [_BEHIND] * (longest - len(row)) for row in pins]
     return torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(pins), longest)
+
+
+def pinned_tokens(k: Tensor, v: Tensor, pins: Sequence[Sequence[int]]) -> FullTokens:
+    """Describe pins to a backend: K and V `[B, H, P, D]`, and the positions of each sequence's, in its first slots."""
+    width = k.shape[2]
+    at = [[*row, *[-1] * (width - len(row))] for row in pins]
+    return FullTokens(k, v, torch.tensor(at, dtype=torch.int64, device=k.device).reshape(len(pins), width))

@@ -292,7 +292,7 @@ class Store:
         table = [row.pages + [self.pool.starts[0]] * (longest - len(row.pages)) for row in self.rows]
         lengths, first, numbers = (
             torch.tensor(values, dtype=torch.int64, device=self.pool.device)
-            for values in ([row.packed for row in self.rows], [self._leading(row) for row in self.rows], table)
+            for values in ([row.packed for row in self.rows], [self.leading(row) for row in self.rows], table)
         )
         return PackedTokens(
             slabs=self.pool.slabs,
@@ -300,28 +300,27 @@ class Store:
             table=numbers,
             lengths=lengths,
             first_position=first,
-            skips=self._skips(),
+            skips=self.skips(),
         )
 
-    def _leading(self, row: Row) -> int:
+    def leading(self, row: Row) -> int:
         """Return how many pins lie before all stream tokens; of methods that find pins `skips` tells it."""
         return 0 if self.method.finds_pins else row.pinned
 
-    def _skips(self) -> Tensor | None:
+    def skips(self) -> Tensor | None:
+        """Return the table of `pins.skip_table`, or None for methods that pin nothing but first tokens."""
         return pins.skip_table([row.pins for row in self.rows], self.pool.device) if self.method.finds_pins else None
 
     def full_tokens(self) -> list[FullTokens]:
         """Describe pins and residual to a backend."""
         device, parts = self.pool.device, []
         if any(row.pins for row in self.rows):
-            width = self.pin_k.shape[2]
-            at = [row.pins + [-1] * (width - row.pinned) for row in self.rows]
-            parts.append(FullTokens(self.pin_k, self.pin_v, torch.tensor(at, dtype=torch.int64, device=device)))
+            parts.append(pins.pinned_tokens(self.pin_k, self.pin_v, [row.pins for row in self.rows]))
         if any(row.residual for row in self.rows):
-            counts = [(self._leading(row), row.packed, row.residual) for row in self.rows]
+            counts = [(self.leading(row), row.packed, row.residual) for row in self.rows]
             leading, packed, residual = torch.tensor(counts, dtype=torch.int64, device=device)[:, :, None].unbind(1)
             behind = (torch.arange(self.residual_k.shape[2], device=device) - packed) % self.residual_k.shape[2]
-            numbers, skipped = behind + packed, self._skips()
+            numbers, skipped = behind + packed, self.skips()
             positions = numbers + leading if skipped is None else positions_of(numbers, skipped)
             parts.append(FullTokens(self.residual_k, self.residual_v, positions.masked_fill(behind >= residual, -1)))
         return parts

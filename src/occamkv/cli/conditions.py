@@ -10,6 +10,8 @@ from typing import Any
 
 from occamkv import __version__
 
+_KERNEL_FLAGS = ("avx", "amx", "f16c", "fma", "sse4", "asimd", "sve", "bf16", "i8mm")
+
 
 def conditions(device: str = "cpu") -> dict[str, Any]:
     """Return machine, versions, threads, date and command. `device`: where the model ran."""
@@ -32,12 +34,36 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def cpu_conditions() -> dict[str, Any]:
+    """Return what a measurement of speed says about the CPU: model, cores, flags that kernels use, load by now."""
+    import torch
+
+    flags = set((_cpu_field("flags") or _cpu_field("Features") or "").split())
+    return {
+        "model": _cpu(),
+        "cores": os.cpu_count() or 1,
+        "flags": sorted(flag for flag in flags if flag.startswith(_KERNEL_FLAGS)),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "load_end": load_average(),
+    }
+
+
+def load_average() -> float:
+    """Return the load average of the last minute; 0 where the system has none."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def _cpu() -> str:
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_field(name: str) -> str | None:
+    """Return a field of the first CPU in /proc/cpuinfo, or None where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
 
 
 def _accelerator(device: str) -> str:

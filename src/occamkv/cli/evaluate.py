@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -11,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from occamkv.cli.shell import check_writable, err, fail, out, verb, write_json, write_text
+from occamkv.cli.shell import check_writable, err, fail, out, stages, verb, write_json, write_text
 from occamkv.errors import UnsupportedInput
 from occamkv.methods import Method, method
 
@@ -97,7 +94,7 @@ def evaluate_model(
     tasks = _tasks(gsm8k, shots_file, shots, longbench, datasets)
     loaded, tokenizer = load(model, device=device, dtype=dtype)
     journal = None if json_file in (None, "-") else Path(f"{json_file}.journal")
-    with _progress() as advance:
+    with stages() as advance:
         if share is not None:
             cut = windows_of(scored.text, tokenizer, count=1, length=length, first_token=first_token)
             chosen = _tuned(loaded, cut[0], chosen, share, score_from, save_plan, advance)
@@ -187,21 +184,6 @@ def _tasks(
     if (longbench is None) != (not names):
         raise UnsupportedInput("give --longbench FOLDER together with --datasets NAME,NAME.")
     return tasks + [load_longbench(str(longbench), name) for name in names]
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Show one bar per stage on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        bars: dict[str, TaskID] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done, total=total)
-
-        yield advance
 
 
 def _show(result: dict[str, Any]) -> None:

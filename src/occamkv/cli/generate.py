@@ -9,14 +9,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 import transformers
 from jinja2 import TemplateError
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TextStreamer
+from transformers import DynamicCache, PreTrainedModel, TextStreamer
 
 from occamkv import __version__
 from occamkv.cache import CacheReport, Plan
@@ -25,7 +25,7 @@ from occamkv.errors import NothingQuantized, UnsupportedInput, UnsupportedModel
 from occamkv.evals import Fidelity, compare
 from occamkv.formats import PAGE_TOKENS
 from occamkv.integrations.transformers import PackedCache
-from occamkv.integrations.transformers.model import text_config
+from occamkv.integrations.transformers.model import text_config, use_attention
 from occamkv.methods import Method
 
 
@@ -48,6 +48,21 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Tokens per second of a generation; `decode` is None for a single token."""
+
+    prefill: float
+    decode: float | None
+
+    @staticmethod
+    def of(times: list[float], *, started: float, prompt: int) -> Speed:
+        """Return the speed of a generation whose prompt and tokens came at these times, in seconds."""
+        new = len(times) - 1
+        decode = (new - 1) / (times[-1] - times[1]) if new > 1 else None
+        return Speed(prompt / (times[1] - started), decode)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What happened."""
 
@@ -56,8 +71,7 @@ class Outcome:
     prompt_tokens: int
     text: str
     new_tokens: int
-    prefill_s: float
-    decode_s: float
+    speed: Speed
     rss_growth_bytes: int | None
     report: CacheReport
     computed_bytes: int
@@ -65,6 +79,7 @@ class Outcome:
     fidelity: Fidelity | None
     fidelity_skipped: str | None
     measured_full_bytes: int | None
+    full_speed: Speed | None
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-ready data."""
@@ -92,8 +107,11 @@ class Outcome:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "text": self.text,
-            "prefill_tokens_per_s": self.prompt_tokens / self.prefill_s,
-            "decode_tokens_per_s": (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 else None,
+            "prefill_tokens_per_s": self.speed.prefill,
+            "decode_tokens_per_s": self.speed.decode,
+            "full_cache": None
+            if self.full_speed is None
+            else {"prefill_tokens_per_s": self.full_speed.prefill, "decode_tokens_per_s": self.full_speed.decode},
             "rss_growth_bytes": self.rss_growth_bytes,
             "cache": {
                 "tokens": tokens,
@@ -149,15 +167,46 @@ def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -
     _check_length(model, ids.shape[1] + settings.max_new_tokens)
     cache = PackedCache(model, settings.method, plan=settings.plan, min_tokens=settings.min_tokens)
     _check_model(model, ids)
+    before = _resident_bytes()
+    watch = _watch_prefill(model, progress, ids.shape[1])
+    sequence, speed = _timed(settings, model, tokenizer, ids, cache, stream)
+    while watch:
+        watch.pop().remove()
+    grown = None if before is None else (_resident_bytes() or 0) - before
+    report = cache.report()
+    new = sequence[0, ids.shape[1] :]
+    computed, computed_full = _computed(cache, report)
+    fidelity, skipped, measured_full = _fidelity(settings, model, ids, report, progress)
+    full_speed = None if fidelity is None else _full_speed(settings, model, tokenizer, ids, progress)
+    return Outcome(
+        settings=settings,
+        dtype=str(model.dtype).removeprefix("torch."),
+        prompt_tokens=ids.shape[1],
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        new_tokens=len(new),
+        speed=speed,
+        rss_growth_bytes=grown,
+        report=report,
+        computed_bytes=computed,
+        computed_full_bytes=computed_full,
+        fidelity=fidelity,
+        fidelity_skipped=skipped,
+        measured_full_bytes=measured_full,
+        full_speed=full_speed,
+    )
+
+
+def _timed(
+    settings: Settings, model: PreTrainedModel, tokenizer: Any, ids: Tensor, cache: Any, stream: TextIO | None
+) -> tuple[Tensor, Speed]:
+    """Generate, and return the tokens with those of the prompt, `[1, T]`, and how fast they came."""
     clock = _Clock(tokenizer, stream)
     torch.manual_seed(settings.seed)
     sampling = (
         {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
     )
-    before = _resident_bytes()
-    watch = _watch_prefill(model, progress, ids.shape[1])
     started = time.perf_counter()
-    sequence = model.generate(
+    sequence = cast(Any, model).generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
@@ -166,29 +215,23 @@ def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )
-    while watch:
-        watch.pop().remove()
-    grown = None if before is None else (_resident_bytes() or 0) - before
-    report = cache.report()
-    new = sequence[0, ids.shape[1] :]
-    computed, computed_full = _computed(cache, report)
-    fidelity, skipped, measured_full = _fidelity(settings, model, ids, report, progress)
-    return Outcome(
-        settings=settings,
-        dtype=str(model.dtype).removeprefix("torch."),
-        prompt_tokens=ids.shape[1],
-        text=tokenizer.decode(new, skip_special_tokens=True),
-        new_tokens=len(new),
-        prefill_s=clock.times[1] - started,
-        decode_s=clock.times[-1] - clock.times[1],
-        rss_growth_bytes=grown,
-        report=report,
-        computed_bytes=computed,
-        computed_full_bytes=computed_full,
-        fidelity=fidelity,
-        fidelity_skipped=skipped,
-        measured_full_bytes=measured_full,
-    )
+    return sequence, Speed.of(clock.times, started=started, prompt=ids.shape[1])
+
+
+def _full_speed(
+    settings: Settings, model: PreTrainedModel, tokenizer: Any, ids: Tensor, progress: Progress
+) -> Speed | None:
+    """Return the speed of the same generation with transformers' own cache and SDPA; None where it has no SDPA."""
+    task = progress.add_task("the same with the full cache", total=1)
+    before = use_attention(model, "sdpa")
+    if before is None:
+        return None
+    try:
+        full = DynamicCache(config=text_config(model.config))
+        return _timed(settings, model, tokenizer, ids, full, None)[1]
+    finally:
+        use_attention(model, before)
+        progress.update(task, completed=1)
 
 
 def _tokenize(settings: Settings, tokenizer: Any) -> Tensor:

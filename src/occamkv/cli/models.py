@@ -32,8 +32,31 @@ class Source:
 
 def packaged_models() -> dict[str, dict[str, str]]:
     """Return the models that come as Python packages, by short name."""
-    found: dict[str, dict[str, str]] = json.loads(files("occamkv.cli").joinpath("models.json").read_text("utf-8"))
-    return found
+    return _data()["packaged"]
+
+
+def random_models() -> dict[str, dict[str, Any]]:
+    """Return configurations of models that are measured with random weights, by name."""
+    return _data()["random"]
+
+
+def build_random(name: str, *, dtype: str, seed: int) -> Any:
+    """Build one of `random_models` with random weights, for measurements of speed: nothing is downloaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**random_models()[name])
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def attention_shapes() -> dict[str, tuple[int, int, int]]:
+    """Return (query heads, KV heads, head_dim) of well-known models, by name."""
+    return {name: tuple(numbers) for name, numbers in _data()["shapes"].items()}
+
+
+def _data() -> Any:
+    return json.loads(files("occamkv.cli").joinpath("models.json").read_text("utf-8"))
 
 
 def find(name: str) -> Source:

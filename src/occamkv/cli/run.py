@@ -120,8 +120,8 @@ def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
     cache = data["cache"]
     lines = [
         ("tokens", f"{data['prompt_tokens']} prompt + {data['new_tokens']} new"),
-        ("prefill", f"{data['prefill_tokens_per_s']:.0f} tokens/s"),
-        ("decode", f"{data['decode_tokens_per_s']:.1f} tokens/s" if data["decode_tokens_per_s"] else "one token only"),
+        ("prefill", _speed(data, "prefill", ".0f")),
+        ("decode", _speed(data, "decode", ".1f")),
         ("bits per value", f"{cache['bits_per_value']:.2f} packed, {cache['bits_with_residual']:.2f} with residual"),
         ("cache, computed", f"{_mib(cache['computed_bytes'])} (full precision {_mib(cache['computed_full_bytes'])})"),
         ("cache, measured", f"{_mib(cache['measured_bytes'])} held by its tensors"),
@@ -141,6 +141,14 @@ def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("same top token", f"{100 * fidelity['same_top']:.1f} % of those tokens"),
         ("full cache, measured", f"{_mib(cache['measured_full_bytes'])} for the prompt"),
     ]
+
+
+def _speed(data: dict[str, Any], what: str, form: str) -> str:
+    key, full = f"{what}_tokens_per_s", data["full_cache"]
+    if data[key] is None:
+        return "one token only"
+    beside = "" if full is None or full[key] is None else f" (full cache with SDPA {full[key]:{form}})"
+    return f"{data[key]:{form}} tokens/s{beside}"
 
 
 def _mib(nbytes: float | None) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from occamkv.errors import NothingQuantized, OccamError
 from occamkv.methods import Method, method
@@ -28,11 +30,11 @@ out = Console()
 err = Console(stderr=True)
 
 
-def verb(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a verb; our errors become one line on stderr and an exit code."""
+def verb(name: str, *, group: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a verb, of a group if need be; our errors become one line on stderr and an exit code."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        @app.command(name)
+        @group.command(name)
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> None:
             try:
@@ -85,3 +87,18 @@ def write_text(text: str, path: str) -> None:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         fail(f"cannot write {path!r}: {error.strerror}", EXIT_BAD_INPUT)
+
+
+@contextmanager
+def stages() -> Iterator[Any]:
+    """Show one bar per stage on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total)
+            progress.update(bars[stage], completed=done, total=total)
+
+        yield advance

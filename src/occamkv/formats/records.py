@@ -79,8 +79,7 @@ def encode(
     """
     head_dim = k.shape[-1]
     k, v = k.to(torch.float32), v.to(torch.float32)
-    largest = k.abs().amax(), v.abs().amax()
-    norms = None
+    given, norms = (k, v), None
     if format.token_scale:
         norms = NORMS[norm](k).to(getattr(torch, format.norm_dtype))
         divisor = norms.to(torch.float32)
@@ -95,15 +94,21 @@ def encode(
         supers.append(super_scale)
         finite.append(fits)
     if not bool(torch.stack(finite).all()):
-        largest_norm = "none" if norms is None else f"{float(norms.to(torch.float32).amax()):.4g}"
-        raise UnsupportedInput(
-            "K or V does not fit its stored numbers: "
-            f"largest |K| {float(largest[0]):.4g}, largest |V| {float(largest[1]):.4g}, token norm {largest_norm}; "
-            f"scale and minimum are at most {_LARGEST:.0f}, the token norm is a {format.norm_dtype}. "
-            "Nothing was packed. Keep this layer in full precision (a plan with method 'full')."
-        )
+        raise does_not_fit(*given, norms, format=format)
     super_scales = torch.stack([s for s in supers if s is not None], dim=-1) if format.metadata_bits == 8 else None
     return Records(torch.cat(parts, dim=-1), norms, super_scales)
+
+
+def does_not_fit(k: Tensor, v: Tensor, norms: Tensor | None, *, format: Format) -> UnsupportedInput:
+    """Return the error for K and V in cache space, and their token norms, that their stored dtypes cannot hold."""
+    largest = [float(x.to(torch.float32).abs().amax()) for x in (k, v)]
+    largest_norm = "none" if norms is None else f"{float(norms.to(torch.float32).amax()):.4g}"
+    return UnsupportedInput(
+        "K or V does not fit its stored numbers: "
+        f"largest |K| {largest[0]:.4g}, largest |V| {largest[1]:.4g}, token norm {largest_norm}; "
+        f"scale and minimum are at most {_LARGEST:.0f}, the token norm is a {format.norm_dtype}. "
+        "Nothing was packed. Keep this layer in full precision (a plan with method 'full')."
+    )
 
 
 def check_storable(k: Tensor, v: Tensor, *, format: Format) -> None:

@@ -8,27 +8,37 @@ import torch
 
 from occamkv.errors import BackendUnavailable
 from occamkv.formats import Format
-from occamkv.kernels.contract import Backend, FullTokens, PackedTokens
+from occamkv.kernels.contract import Backend, FullTokens, PackedTokens, StepLayer, Stepper
 
-__all__ = ["BACKENDS", "Backend", "FullTokens", "PackedTokens", "backend", "backend_for", "refusals"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "FullTokens",
+    "PackedTokens",
+    "StepLayer",
+    "Stepper",
+    "backend",
+    "backend_for",
+    "refusals",
+]
 
-BACKENDS = ("reference",)
+BACKENDS = ("cpu", "reference")
 """Names of the backends, fastest first."""
 
 
-def refusals(format: Format, device: torch.device | str) -> dict[str, str | None]:
+def refusals(format: Format, device: torch.device | str, head_dim: int | None = None) -> dict[str, str | None]:
     """Return, for each backend, why it refuses this format on this device, or None if it takes it."""
     where = torch.device(device)
-    return {name: backend(name).refuses(format, where) for name in BACKENDS}
+    return {name: backend(name).refuses(format, where, head_dim) for name in BACKENDS}
 
 
-def backend_for(format: Format, device: torch.device | str) -> Backend:
+def backend_for(format: Format, device: torch.device | str, head_dim: int | None = None) -> Backend:
     """Return the first backend that does not refuse.
 
     Raises:
         BackendUnavailable: All refuse; the message holds each reason.
     """
-    reasons = refusals(format, device)
+    reasons = refusals(format, device, head_dim)
     for name, reason in reasons.items():
         if reason is None:
             return backend(name)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from occamkv.errors import UnsupportedInput
 from occamkv.formats import Format
 from occamkv.formats.pages import Pages
 from occamkv.formats.records import Records
@@ -43,11 +44,17 @@ class PackedTokens:
         return self.slabs[0].format
 
     def gather(self, numbers: Sequence[int]) -> Pages:
-        """Copy pages with these numbers out of their slabs, in this order."""
+        """Copy pages with these numbers out of their slabs, in this order.
+
+        Raises:
+            UnsupportedInput: A number is in no slab.
+        """
         parts: list[Pages] = []
         runs: list[tuple[int, list[int]]] = []
         for number in numbers:
             slab = bisect_right(self.starts, number) - 1
+            if slab < 0 or number >= self.starts[slab] + self.slabs[slab].count:
+                raise UnsupportedInput(f"the block table names page {number}, which is in no slab.")
             if not runs or runs[-1][0] != slab:
                 runs.append((slab, []))
             runs[-1][1].append(number - self.starts[slab])
@@ -76,6 +83,80 @@ class FullTokens:
     positions: Tensor
 
 
+@dataclass(frozen=True)
+class StepLayer:
+    """What a backend needs to know of a layer to run whole decode steps: its memory, its counts, how it packs.
+
+    Args:
+        slabs: As in `PackedTokens`.
+        starts: As in `PackedTokens`.
+        tables: Page numbers of each sequence, room for what is due included.
+        first_position: As in `PackedTokens`.
+        skips: As in `PackedTokens`.
+        packed: Packed tokens of each sequence.
+        residual: Tokens of each sequence in the ring; token n of the stream lies in slot `n % slots`.
+        ring: K and V of the residual, `[B, H, slots, D]` in cache space.
+        pins: Pinned tokens in full precision.
+        format: What records are.
+        grid: As in `encode`.
+        clip: As in `encode`.
+        feedback: As in `encode`.
+        hadamard_block: K and Q are rotated in blocks of this size.
+        balance: d, `[H, D]`: K is multiplied by it, Q divided.
+        rotate_v: V is stored rotated.
+    """
+
+    slabs: Sequence[Pages]
+    starts: Sequence[int]
+    tables: Sequence[Sequence[int]]
+    first_position: Sequence[int]
+    skips: Tensor | None
+    packed: Sequence[int]
+    residual: Sequence[int]
+    ring: tuple[Tensor, Tensor]
+    pins: FullTokens
+    format: Format
+    grid: Grid
+    clip: float | None
+    feedback: Tensor | None
+    hadamard_block: int | None
+    balance: Tensor | None
+    rotate_v: bool
+
+
+class Stepper(Protocol):
+    """Runs decode steps of a layer: rotate, append, attend and pack in one call."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        due: Sequence[int],
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Take one token of every sequence.
+
+        Args:
+            q: `[B, Hq, 1, D]` in model space.
+            k: `[B, H, 1, D]` in model space.
+            v: The same shape.
+            due: Tokens of each sequence that are packed afterwards, whole records; their pages are in the tables.
+            scale: As in `attend`.
+            window: As in `attend`.
+            softcap: As in `attend`.
+            sinks: As in `attend`.
+
+        Returns:
+            `[B, Hq, 1, D]` in model space and in the dtype of q.
+        """
+        ...
+
+
 class Backend(Protocol):
     """The kernels for one kind of device."""
 
@@ -84,8 +165,11 @@ class Backend(Protocol):
         """Name in reports."""
         ...
 
-    def refuses(self, format: Format, device: torch.device) -> str | None:
-        """Return why this backend cannot take `format` on `device`, one sentence, or None."""
+    def refuses(self, format: Format, device: torch.device, head_dim: int | None = None) -> str | None:
+        """Return why this backend cannot take `format` on `device`, one sentence, or None.
+
+        Without a head_dim, what holds for all of them.
+        """
         ...
 
     def attend(
@@ -104,7 +188,7 @@ class Backend(Protocol):
         balance: Tensor | None = None,
         rotate_output: bool = False,
     ) -> Tensor:
-        """Attend; see `occamkv.kernels.reference.attend` for the contract."""
+        """Attend; see `occamkv.kernels.blockwise.attend` for the contract."""
         ...
 
     def encode(
@@ -122,4 +206,8 @@ class Backend(Protocol):
         rotate_v: bool = False,
     ) -> Records:
         """Encode groups; see `occamkv.kernels.reference.encode` for the contract."""
+        ...
+
+    def stepper(self, layer: StepLayer) -> Stepper | None:
+        """Return what runs whole decode steps of a layer, or None: then `attend` and `encode` are called."""
         ...

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from occamkv.ops.sums import folded_sum
+
 Axis = Literal["channel", "token"]
 Grid = Literal["minmax", "paper", "unbiased"]
 
@@ -48,24 +50,21 @@ def group_range(x: Tensor, *, axis: Axis, group: int) -> tuple[Tensor, Tensor]:
         Two float32 tensors, `[..., 1, D]` for "channel", `[..., T, ceil(D / group)]` for "token".
     """
     if axis == "channel":
-        return x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
-    rest = -x.shape[-1] % group
-    if rest:  # repeating a value of the last group moves neither its minimum nor its maximum
-        x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], rest)), dim=-1)
-    runs = x.reshape(*x.shape[:-1], -1, group)
-    return runs.amin(-1), runs.amax(-1)
+        low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
+    else:
+        rest = -x.shape[-1] % group
+        if rest:  # repeating a value of the last group moves neither its minimum nor its maximum
+            x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], rest)), dim=-1)
+        runs = x.reshape(*x.shape[:-1], -1, group)
+        low, high = runs.amin(-1), runs.amax(-1)
+    return low + 0.0, high + 0.0  # of zeros of both signs either is the smallest: one sign for all backends
 
 
 def group_rms(x: Tensor, *, axis: Axis, group: int) -> Tensor:
     """Return the root mean square of each group; arguments and shape of the result as in `group_range`."""
     if axis == "channel":
         return x.square().mean(-2, keepdim=True).sqrt()
-    return run_means(x.square(), group).sqrt()
-
-
-def run_means(x: Tensor, group: int) -> Tensor:
-    """Return the mean over each run of `group` channels, `[..., T, ceil(D / group)]`."""
-    return torch.stack([run.mean(-1) for run in x.split(group, dim=-1)], dim=-1)
+    return torch.stack([run.square().mean(-1) for run in x.split(group, dim=-1)], dim=-1).sqrt()
 
 
 def spread(values: Tensor, *, axis: Axis, group: int, head_dim: int) -> Tensor:
@@ -87,7 +86,7 @@ def refit(x: Tensor, low: Tensor, high: Tensor, *, bits: int, axis: Axis, group:
     """Widen a clipped range until its codes, read with it, have slope 1 on the data: they no longer shrink it.
 
     Clipping and least squares both shrink what they reconstruct. Random errors average out where attention is spread
-    over many tokens, shrinking does not.
+    over many tokens, shrinking does not. All sums have one fixed order (`ops.sums`).
 
     Args:
         x: float32 `[..., T, D]`.
@@ -100,20 +99,22 @@ def refit(x: Tensor, low: Tensor, high: Tensor, *, bits: int, axis: Axis, group:
     Returns:
         The new range; at most twice as wide.
     """
-    steps = 2**bits - 1
-    scale = (high - low) / steps
-    wide_scale, wide_low = (spread(t, axis=axis, group=group, head_dim=x.shape[-1]) for t in (scale, low))
-    codes = quantize(x, scale=wide_scale, minimum=wide_low, bits=bits).to(torch.float32)
     if axis == "channel":
-        x_mean, code_mean = x.mean(-2, keepdim=True), codes.mean(-2, keepdim=True)
-        variance = (x - x_mean).square().sum(-2, keepdim=True)
-        covariance = ((x - x_mean) * (codes - code_mean)).sum(-2, keepdim=True)
-    else:
-        x_mean, code_mean = (run_means(t, group) for t in (x, codes))
-        x_off, code_off = (
-            t - spread(m, axis=axis, group=group, head_dim=x.shape[-1]) for t, m in ((x, x_mean), (codes, code_mean))
-        )
-        variance, covariance = run_means(x_off.square(), group), run_means(x_off * code_off, group)
+        new = _refit(x.movedim(-2, 0), low.squeeze(-2), high.squeeze(-2), bits=bits)
+        return new[0].unsqueeze(-2), new[1].unsqueeze(-2)
+    runs = zip(x.split(group, dim=-1), low.unbind(-1), high.unbind(-1), strict=True)
+    parts = [_refit(run.movedim(-1, 0).contiguous(), lowest, highest, bits=bits) for run, lowest, highest in runs]
+    return torch.stack([part[0] for part in parts], dim=-1), torch.stack([part[1] for part in parts], dim=-1)
+
+
+def _refit(x: Tensor, low: Tensor, high: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """Refit groups that lie along the first dimension of x."""
+    steps, count = 2**bits - 1, x.shape[0]
+    scale = (high - low) / steps
+    codes = quantize(x, scale=scale, minimum=low, bits=bits).to(torch.float32)
+    x_mean, code_mean = folded_sum(x, dim=0) / count, folded_sum(codes, dim=0) / count
+    x_off, code_off = x - x_mean, codes - code_mean
+    variance, covariance = folded_sum(x_off.square(), dim=0), folded_sum(x_off * code_off, dim=0)
     slope = torch.where(covariance > 0, variance / covariance.clamp_min(1e-30), scale)
     scale = torch.minimum(slope, 2 * scale)
     low = x_mean - scale * code_mean
@@ -157,7 +158,8 @@ def round_metadata(low: Tensor, high: Tensor, *, bits: int, metadata_bits: int) 
     if metadata_bits == 16:
         stored_minimum = low.to(torch.float16)
         minimum = stored_minimum.to(torch.float32)
-        stored_scale = ((high - minimum) / steps).clamp_min(0).to(torch.float16)
+        scale = ((high - minimum) / steps).clamp_min(0) + 0.0  # never the negative zero of an underflow
+        stored_scale = scale.to(torch.float16)
         return Metadata(stored_scale.to(torch.float32), minimum, stored_scale, stored_minimum, None)
     scale = torch.maximum((high - low) / steps, low.abs() * (MIN_STEPS / 127))
     largest = scale.amax((-2, -1), keepdim=True)

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from occamkv.ops.sums import folded_sum
+
 Norm = Literal["l2", "sinkhorn"]
 _SINKHORN_ROUNDS = 8
 
@@ -22,16 +24,11 @@ def token_norm(k: Tensor) -> Tensor:
     Returns:
         float32 `[B, T]`.
     """
-    squares = k.to(torch.float32).square()
-    while squares.shape[-1] > 1:
-        width = squares.shape[-1]
-        half = width // 2
-        folded = squares[..., :half] + squares[..., half : 2 * half]
-        squares = torch.cat((folded, squares[..., 2 * half :]), dim=-1) if width % 2 else folded
-    total = squares[:, 0, :, 0]
+    squares = folded_sum(k.to(torch.float32).square(), dim=-1)
+    total = squares[:, 0]
     for head in range(1, k.shape[1]):
-        total = total + squares[:, head, :, 0]
-    return total.sqrt()
+        total = total + squares[:, head]
+    return total.to(torch.float64).sqrt().to(torch.float32)  # a root in float32 is not always the nearest number
 
 
 def sinkhorn_norm(k: Tensor) -> Tensor:

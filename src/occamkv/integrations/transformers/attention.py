@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from occamkv.cache import LayerCache
 from occamkv.cache.masks import Seen, visible
 from occamkv.errors import UnsupportedInput
+from occamkv.integrations.transformers import compiled
 from occamkv.integrations.transformers.fingerprint import fingerprint
 from occamkv.integrations.transformers.layer import PackedLayer
 from occamkv.integrations.transformers.tensor import PackedTensor
@@ -51,6 +52,12 @@ def attention_forward(
     Returns:
         The output `[B, T, Hq, D]`, and None for the attention weights.
     """
+    if torch.compiler.is_compiling():
+        handle = compiled.traced.pop(getattr(module, "layer_idx", -1), None)
+        if handle is not None:
+            compiled.check(query, attention_mask, causal=_causal(module, options))
+            given = (scaling, options.get("softcap"), options.get("s_aux"))
+            return compiled.step(query, key, value, attention_mask, handle, *given), None
     if isinstance(key, PackedTensor) and isinstance(value, PackedTensor):
         return _attend_packed(module, query, key.layer, attention_mask, scaling, options), None
     for changed, packed in ((key, value), (value, key)):
@@ -96,6 +103,18 @@ def _attend_packed(
         cache.forget_step()
         layer.shared.roll_back(min(before, cache.length), failed=layer.index)
         raise
+
+
+def attend_step(
+    query: Tensor, key: Tensor, value: Tensor, layer: PackedLayer, mask: Tensor | None, reading: Reading
+) -> Tensor:
+    """Take K and V of a step into a layer and attend, for `compiled.step`."""
+    with torch.no_grad():
+        packed, _ = layer.take(key, value)
+        if not isinstance(packed, PackedTensor):
+            raise UnsupportedInput(f"layer {layer.index} is not packed ({layer.reason}). Do not compile this model.")
+        options = {"softcap": reading.softcap, "s_aux": reading.sinks}
+        return _attend_packed(nn.Module(), query, layer, mask, reading.scale, options)
 
 
 def _observe(layer: PackedLayer, cache: LayerCache, query: Tensor, seen: Seen | None, reading: Reading) -> None:

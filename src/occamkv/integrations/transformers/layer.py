@@ -17,6 +17,7 @@ from occamkv.cache.chooser import Chooser
 from occamkv.cache.masks import Seen, read_mask, read_pads
 from occamkv.errors import CacheMismatch, OccamError, UnsupportedFormat, UnsupportedInput
 from occamkv.formats import check_head_dim
+from occamkv.integrations.transformers import compiled
 from occamkv.integrations.transformers.model import folded_layers
 from occamkv.integrations.transformers.tensor import PackedTensor
 from occamkv.methods import Method
@@ -134,7 +135,16 @@ class PackedLayer(DynamicLayer):
         self.shared = Shared("", ())
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self.handle = compiled.handle_of(self)
         super().__init__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayer:
+        """Copy the layer; the copy has a handle of its own."""
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "handle"})
+        clone.handle = compiled.handle_of(clone)
+        return clone
 
     def choose_by(self, dial: Dial) -> None:
         """Choose the method when the first tokens are due, by a dial that the layers of the cache share."""
@@ -190,6 +200,13 @@ class PackedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take K and V of a step, `[B, H, T, D]`; return what attention reads."""
+        if torch.compiler.is_compiling():
+            compiled.traced[self.index] = self.handle
+            return key_states, value_states
+        return self.take(key_states, value_states)
+
+    def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what `update` does, when it is not traced."""
         if key_states.requires_grad or value_states.requires_grad:
             self.shared.roll_back(self.get_seq_length(), failed=self.index)
             raise UnsupportedInput(

@@ -1,0 +1,161 @@
+"""One layer's cache at some context, made quickly: a few records are encoded once and repeated in pages of their own.
+
+Every page has memory of its own, so a kernel reads as many bytes as in a real cache. K has planted outlier channels,
+and the first token is an attention sink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from occamkv.bench.inputs import CPU, Shape, packed_of
+from occamkv.cache.store import Row, Store
+from occamkv.formats import PAGE_TOKENS
+from occamkv.formats.pages import Pages
+from occamkv.formats.records import decode_pages, from_groups, pages_of, places, to_groups, write
+from occamkv.kernels import Backend, FullTokens, PackedTokens
+from occamkv.methods import Method
+from occamkv.methods.crossing import Crossing, Statistics
+
+DTYPE = torch.bfloat16
+"""Of queries, residual and pins, as a model would give them."""
+
+_TEMPLATE_PAGES = 2
+_OUTLIER_CHANNELS, _OUTLIER = 2, 6.0
+_SINK = 1.5
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Random tokens of one layer in model space: q `[1, Hq, Tq, D]`, k and v `[1, H, T, D]`, float32."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A packed cache as one attention call sees it.
+
+    `q` is `[1, Hq, Tq, D]` in `DTYPE` and belongs to the newest tokens. `dequantized()` returns K and V of all tokens,
+    float32 `[1, H, context, D]` in model space.
+    """
+
+    q: Tensor
+    q_positions: Tensor
+    packed: PackedTokens | None
+    packed_bytes: int
+    full: list[FullTokens]
+    crossing: Crossing
+    backend: Backend
+    dequantized: Callable[[], tuple[Tensor, Tensor]]
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Attend as `LayerCache.attend` does: q is rotated, the output is rotated back."""
+        out = self.backend.attend(
+            q,
+            q_positions=self.q_positions,
+            packed=self.packed,
+            full=self.full,
+            hadamard_block=self.crossing.k_block,
+            balance=self.crossing.k_vector,
+            rotate_output=self.crossing.v_block is not None,
+        )
+        return self.crossing.leave_output(out)
+
+
+def random_tokens(shape: Shape, tokens: int, queries: int, *, seed: int = 0) -> Tokens:
+    """Draw queries, keys and values; the first key is a sink for all queries, a few channels of K are large."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator)
+
+    heads, head_dim = shape.kv_heads, shape.head_dim
+    q, k, v = (normal(1, count, n, head_dim) for count, n in ((shape.query_heads, queries), *2 * [(heads, tokens)]))
+    k[..., normal(head_dim).topk(min(_OUTLIER_CHANNELS, head_dim)).indices] *= _OUTLIER
+    common = normal(1, heads, 1, head_dim)
+    q += 0.5 * common.repeat_interleave(shape.query_heads // heads, dim=1)
+    k[:, :, :1] += _SINK * common
+    v[:, :, :1] *= 0.1
+    return Tokens(q, k, v)
+
+
+def statistics_of(method: Method, shape: Shape, *, seed: int = 0) -> Statistics | None:
+    """Return made-up statistics for methods that need those of a model."""
+    if not method.needs_model:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    balance = 0.5 + torch.rand(shape.kv_heads, shape.head_dim, generator=generator)
+    moment = torch.eye(shape.head_dim).expand(shape.kv_heads, -1, -1) + 0.1
+    return Statistics(balance, moment if method.feedback else None)
+
+
+def packed_scene(shape: Shape, method: Method, backend: Backend, *, context: int, queries: int = 1) -> Scene:
+    """Build the cache that `context` tokens leave, of which the newest `queries` are those of this step.
+
+    Raises:
+        UnsupportedInput: So few tokens that nothing is packed yet.
+    """
+    packed = packed_of(method, context, queries)
+    pins = method.pinned_tokens + method.lowest_pins
+    drawn = random_tokens(shape, _TEMPLATE_PAGES * PAGE_TOKENS + context - packed, queries)
+    crossing = method.crossing(drawn.k, statistics_of(method, shape))
+    split = context - packed
+    near_k, near_v = (x.to(DTYPE) for x in crossing.enter(drawn.k[:, :, :split], drawn.v[:, :, :split]))
+    template = _template((drawn.k[:, :, split:], drawn.v[:, :, split:]), method, backend, crossing)
+    store = _filled_store(method, backend, template, packed)
+    row, residual = store.rows[0], context - queries - pins - packed
+    row.pins, row.residual = list(range(pins)), residual
+    store.pin_k[:], store.pin_v[:] = near_k[:, :, :pins], near_v[:, :, :pins]
+    ring = torch.arange(packed, packed + residual) % store.residual_k.shape[2]
+    newest = slice(pins + residual, None)
+    for held, x in ((store.residual_k, near_k), (store.residual_v, near_v)):
+        held[:, :, ring] = x[:, :, pins : newest.start]
+    at = torch.arange(context - queries, context)[None]
+    dequantized = partial(_dequantized, template, crossing, (near_k, near_v), pins, packed)
+    full = [*store.full_tokens(), FullTokens(near_k[:, :, newest], near_v[:, :, newest], at)]
+    return Scene(drawn.q.to(DTYPE), at, store.packed_tokens(), store.pool.nbytes, full, crossing, backend, dequantized)
+
+
+def _template(tokens: tuple[Tensor, Tensor], method: Method, backend: Backend, crossing: Crossing) -> Pages:
+    """Encode whole pages of tokens once."""
+    format = method.packed_format
+    k, v = (to_groups(x, format.record_tokens) for x in crossing.enter(*tokens))
+    records = backend.encode(
+        k, v, format=format, grid=method.grid, clip=method.clip, norm=method.norm, feedback=crossing.feedback
+    )
+    pages = Pages.empty(_TEMPLATE_PAGES, format=format, kv_heads=k.shape[1], head_dim=k.shape[3], device=CPU)
+    page, slot = places(pages)
+    write(pages, records, page=page, slot=slot)
+    return pages
+
+
+def _filled_store(method: Method, backend: Backend, template: Pages, packed: int) -> Store:
+    """Return a store whose pages, each its own memory, repeat those of the template."""
+    shape = (1, template.kv_heads, template.head_dim)
+    store = Store(method, backend.name, shape=shape, dtype=DTYPE, device=CPU)
+    store.rows = [Row(packed=packed, pages=store.pool.allocate(pages_of(packed)))]
+    for mine, source in zip(store.pool.slabs[0].tensors, template.tensors, strict=True):
+        for first in range(template.count):
+            mine[first :: template.count] = source[first]
+    return store
+
+
+def _dequantized(
+    template: Pages, crossing: Crossing, near: tuple[Tensor, Tensor], pins: int, packed: int
+) -> tuple[Tensor, Tensor]:
+    """Return K and V of all tokens in order of position, float32 `[1, H, context, D]` in model space."""
+    far = crossing.leave(*(from_groups(x, 1) for x in decode_pages(template)))
+    copies = -(-packed // far[0].shape[2])
+    made = []
+    for here, there in zip(crossing.leave(*near), far, strict=True):
+        middle = there.repeat(1, 1, copies, 1)[:, :, :packed]
+        made.append(torch.cat((here[:, :, :pins], middle, here[:, :, pins:]), dim=2))
+    return made[0], made[1]

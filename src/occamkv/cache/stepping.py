@@ -1,0 +1,99 @@
+"""Whole decode steps of a layer in one call of its backend, as long as nothing about a step is out of the ordinary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from occamkv.cache.pins import pinned_tokens
+from occamkv.cache.store import Store
+from occamkv.formats import PAGE_TOKENS
+from occamkv.formats.records import pages_of
+from occamkv.kernels import StepLayer, Stepper
+from occamkv.methods.crossing import Crossing
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Stepping:
+    """Knows the memory of a store for a backend that runs whole steps; made anew whenever that memory changed.
+
+    Args:
+        store: The layer's tokens.
+        crossing: How they cross into cache space.
+    """
+
+    def __init__(self, store: Store, crossing: Crossing) -> None:
+        self._store, self._crossing = store, crossing
+        self._stepper: Stepper | None = None
+
+    def _due(self, q: Tensor) -> list[int] | None:
+        """Return how many tokens of each sequence one more will make due; None if the step needs the long way."""
+        store, rows = self._store, self._store.rows
+        method = store.method
+        if q.dtype not in _DTYPES or self._crossing.v_signs is not None or method.norm != "l2":
+            return None
+        room = store.residual_k.shape[2]
+        if any(row.tokens < method.pinned_tokens or row.residual + 1 > room for row in rows):
+            return None
+        due = store.due_after([1] * len(rows))
+        shrinks = room != store.ring_slots  # it was made larger to wait for min_tokens
+        return None if any(due) and (method.finds_pins or shrinks) else due
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor | None:
+        """Take one token of every sequence; None if this step needs the long way, and nothing has changed.
+
+        Args:
+            q: `[B, Hq, 1, D]` in model space.
+            k: `[B, H, 1, D]` in model space.
+            v: The same shape.
+            **options: scale, window, softcap and sinks, as in the backend's `attend`.
+        """
+        rows, due = self._store.rows, self._due(q)
+        if due is None:
+            return None
+        if any(due) and self._make_room(due):
+            self._stepper = None
+        if self._stepper is None:
+            self._stepper = self._store.backend.stepper(self._describe())
+            if self._stepper is None:
+                return None
+        out = self._stepper(q, k, v, due=due, **options)  # type: ignore[arg-type]
+        for row, count in zip(rows, due, strict=True):
+            row.packed, row.residual = row.packed + count, row.residual + 1 - count
+        return out
+
+    def _make_room(self, due: Sequence[int]) -> bool:
+        """Make sure that each sequence owns the pages that its due tokens go to; tell whether any was new."""
+        pool, changed = self._store.pool, False
+        for row, count in zip(self._store.rows, due, strict=True):
+            missing = pages_of(row.packed + count) - len(row.pages)
+            if count and row.packed % PAGE_TOKENS and pool.shared(row.pages[-1]):
+                row.pages[-1], changed = pool.duplicate(row.pages[-1]), True
+            if missing > 0:
+                row.pages, changed = row.pages + pool.allocate(missing), True
+        return changed
+
+    def _describe(self) -> StepLayer:
+        store, method, crossing = self._store, self._store.method, self._crossing
+        rows = store.rows
+        return StepLayer(
+            slabs=store.pool.slabs,
+            starts=store.pool.starts,
+            tables=[row.pages for row in rows],
+            first_position=[store.leading(row) for row in rows],
+            skips=store.skips(),
+            packed=[row.packed for row in rows],
+            residual=[row.residual for row in rows],
+            ring=(store.residual_k, store.residual_v),
+            pins=pinned_tokens(store.pin_k, store.pin_v, [row.pins for row in rows]),
+            format=store.format,
+            grid=method.grid,
+            clip=method.clip,
+            feedback=store.feedback,
+            hadamard_block=crossing.k_block,
+            balance=crossing.k_vector,
+            rotate_v=crossing.v_block is not None,
+        )

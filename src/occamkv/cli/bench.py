@@ -1,0 +1,223 @@
+"""`occamkv bench`: how long attention, encoding and decoding take, against what torch and transformers offer."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from occamkv.cli.bench_tables import show
+from occamkv.cli.shell import app, check_writable, stages, verb, write_json
+from occamkv.errors import UnsupportedInput
+
+if TYPE_CHECKING:
+    from occamkv.bench import Setting, Shape
+
+ISA_VARIABLE = "OCCAMKV_CPU_ISA"
+_DTYPES = ("bfloat16", "float32")
+_RANDOM_SEED = 0
+
+group = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+app.add_typer(group, name="bench")
+
+Contexts = Annotated[str, typer.Option(help="Tokens that are attended to, such as 4k,16k; up to 128k.")]
+Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas.")]
+Threads = Annotated[str, typer.Option(help="Numbers of threads, separated by commas, or all.")]
+Repetitions = Annotated[int, typer.Option(help="Turns of each contestant, 5 or more; slow ones have 5.")]
+Backend = Annotated[str | None, typer.Option(help="Default: the one that the cache would take.")]
+Isa = Annotated[str | None, typer.Option(help=f"Instruction set of the CPU backend; sets {ISA_VARIABLE}.")]
+Shapes = Annotated[
+    str | None, typer.Option(help="Names, or query heads/KV heads/head_dim such as 32/8/128. Default: all names.")
+]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")]
+PlotFile = Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Draw it against the context.")]
+
+
+@verb("attend", group=group)
+def attend(
+    shapes: Shapes = None,
+    contexts: Contexts = "4k,16k,64k",
+    methods: Methods = "occam",
+    queries: Annotated[int, typer.Option(help="Newest tokens that attend at once, up to 128.")] = 1,
+    threads: Threads = "1",
+    repetitions: Repetitions = 9,
+    backend: Backend = None,
+    isa: Isa = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+) -> None:
+    """One attention call on packed tokens, against six ways to do it with torch in full precision."""
+    report = _Report("attend", json_file, plot_file)
+    _set_isa(isa)
+    from occamkv.bench import bench_attend
+
+    setting = _setting(methods, threads, repetitions, backend, contexts=_tokens("contexts", contexts))
+    with stages() as advance:
+        rows = bench_attend(_shapes(shapes), setting, queries=queries, progress=advance)
+    report.finish({"rows": rows}, what="ms of one attention call of one layer")
+
+
+@verb("encode", group=group)
+def encode(
+    shapes: Shapes = None,
+    tokens: Annotated[int, typer.Option(help="Tokens encoded in a call, a multiple of 128.")] = 1024,
+    methods: Methods = "occam",
+    threads: Threads = "1",
+    repetitions: Repetitions = 5,
+    backend: Backend = None,
+    isa: Isa = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Encode new tokens of one layer, against the reference backend."""
+    report = _Report("encode", json_file, None)
+    _set_isa(isa)
+    from occamkv.bench import bench_encode
+
+    setting = _setting(methods, threads, repetitions, backend)
+    with stages() as advance:
+        rows = bench_encode(_shapes(shapes), setting, tokens=tokens, progress=advance)
+    report.finish({"rows": rows}, what="ms to encode tokens of one layer, from model space to records")
+
+
+@verb("decode", group=group)
+def decode(
+    models: Annotated[
+        str | None,
+        typer.Option("--model", help="Models as in `occamkv run`, or one with random weights. Default: both kinds."),
+    ] = None,
+    contexts: Contexts = "512,2k,8k,32k",
+    methods: Methods = "occam",
+    dtypes: Annotated[str, typer.Option(help="Dtypes of the model: bfloat16, float32.")] = ",".join(_DTYPES),
+    steps: Annotated[int, typer.Option(help="Tokens decoded in a turn.")] = 32,
+    prefill_contexts: Annotated[str, typer.Option(help="Prompts that the first model reads; empty for none.")] = "8k",
+    prefill_repetitions: Annotated[int, typer.Option(help="How often each.")] = 3,
+    threads: Threads = "1",
+    repetitions: Repetitions = 5,
+    backend: Backend = None,
+    isa: Isa = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+) -> None:
+    """Greedy decoding and prefill of whole models, against transformers' own cache with SDPA."""
+    report = _Report("decode", json_file, plot_file)
+    _set_isa(isa)
+    from occamkv.bench import bench_decode
+    from occamkv.bench.decode import Prefill
+
+    setting = _setting(methods, threads, repetitions, backend, contexts=_tokens("contexts", contexts))
+    prefill = Prefill(_tokens("prefill contexts", prefill_contexts), prefill_repetitions)
+    loaders = _loaders(models, dtypes)
+    with stages() as advance:
+        found = bench_decode(loaders, setting, steps=steps, prefill=prefill, progress=advance)
+    report.finish({"rows": found.rows, "prefill": found.prefill}, what="ms of one greedy decoding step")
+
+
+class _Report:
+    """Where a result goes; refuses a bad place before anything is measured, and notes the load of the machine."""
+
+    def __init__(self, kind: str, json_file: str | None, plot_file: str | None) -> None:
+        from occamkv.cli.conditions import load_average
+
+        for path in (json_file, plot_file):
+            check_writable(path)
+        if plot_file is not None:
+            _need_plots(plot_file)
+        self.kind, self.json_file, self.plot_file = kind, json_file, plot_file
+        self.load_start = load_average()
+
+    def finish(self, found: dict[str, Any], *, what: str) -> None:
+        """Write and show a result."""
+        from occamkv.bench.result import SCHEMA_VERSION, check
+        from occamkv.cli.conditions import conditions, cpu_conditions
+
+        given = conditions()
+        del given["threads"]  # each row has its own
+        cpu = cpu_conditions() | {"asked_isa": os.environ.get(ISA_VARIABLE), "load_start": self.load_start}
+        result = {"schema_version": SCHEMA_VERSION, "kind": self.kind, "what": what, **given, "cpu": cpu, **found}
+        check(result)
+        if self.json_file is not None:
+            write_json(result, self.json_file)
+        if self.plot_file is not None:
+            from occamkv.bench.plots import draw
+
+            draw(result, self.plot_file)
+        if self.json_file != "-":
+            show(result)
+
+
+def _need_plots(path: str) -> None:
+    if not path.endswith(".png"):
+        raise UnsupportedInput(f"the plot file is {path!r}; allowed: a name that ends with .png.")
+    try:
+        import occamkv.bench.plots  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise UnsupportedInput("--plot draws with matplotlib. Run: pip install 'occamkv[plots]'") from error
+
+
+def _set_isa(isa: str | None) -> None:
+    """Ask for an instruction set; the backend reads the variable when it is loaded."""
+    if isa is not None:
+        os.environ[ISA_VARIABLE] = isa
+
+
+def _setting(methods: str, threads: str, repetitions: int, backend: str | None, **contexts: tuple[int, ...]) -> Setting:
+    from occamkv.bench import Setting
+
+    counts = (os.cpu_count() or 1,) if threads == "all" else _tokens("threads", threads)
+    return Setting(methods=_names(methods), threads=counts, repetitions=repetitions, backend=backend, **contexts)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _tokens(name: str, text: str) -> tuple[int, ...]:
+    """Read a list of whole numbers, of which some may be in units of 1024 (4k)."""
+    try:
+        return tuple(int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in _names(text.lower()))
+    except ValueError as error:
+        raise UnsupportedInput(
+            f"{name} are {text!r}; allowed: whole numbers separated by commas, for example 512,4k."
+        ) from error
+
+
+def _shapes(text: str | None) -> list[Shape]:
+    from occamkv.bench import Shape
+    from occamkv.cli.models import attention_shapes
+
+    known = attention_shapes()
+    found = []
+    for name in _names(text) if text is not None else known:
+        parts = name.split("/")
+        if name not in known and not (len(parts) == 3 and all(part.isdecimal() for part in parts)):
+            raise UnsupportedInput(
+                f"unknown shape {name!r}; allowed: {', '.join(known)}, or query heads/KV heads/head_dim, for example "
+                "32/8/128."
+            )
+        found.append(Shape(name, *(known[name] if name in known else map(int, parts))))
+    return found
+
+
+def _loaders(models: str | None, dtypes: str) -> dict[str, dict[str, Any]]:
+    """Return how to load each model in each dtype; refuses what does not exist before anything is measured."""
+    from occamkv.cli.models import build_random, find, load, packaged_models, random_models
+
+    wanted = _names(dtypes)
+    if not wanted or len(set(wanted)) < len(wanted) or set(wanted) - set(_DTYPES):
+        raise UnsupportedInput(f"dtypes are {dtypes!r}; allowed: {', '.join(_DTYPES)}, each once.")
+    made = random_models()
+    names = _names(models) if models is not None else (next(iter(packaged_models())), *made)
+    if not names:
+        raise UnsupportedInput(f"models are {models!r}; allowed: one or more, for example {', '.join(made)}.")
+
+    def loaded(name: str, dtype: str) -> Any:
+        return build_random(name, dtype=dtype, seed=_RANDOM_SEED) if name in made else load(name, dtype=dtype)[0]
+
+    for name in names:
+        if name not in made:
+            find(name)
+    return {name: {dtype: partial(loaded, name, dtype) for dtype in wanted} for name in names}

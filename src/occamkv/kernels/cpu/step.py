@@ -1,0 +1,105 @@
+"""Whole decode steps: what does not change from step to step is described once, the rest is one native call."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from occamkv import ops
+from occamkv.kernels.contract import StepLayer
+from occamkv.kernels.cpu import library
+from occamkv.kernels.cpu.encoding import encode_struct
+from occamkv.kernels.cpu.layouts import EVERYTHING, full_struct, slab_structs
+from occamkv.kernels.cpu.structs import layout_of, readable, view_of
+
+
+class LayerStep:
+    """Steps of one layer. It holds addresses of the layer's memory: whoever moves that memory makes a new one."""
+
+    def __init__(self, layer: StepLayer) -> None:
+        batch, kv_heads, slots, head_dim = layer.ring[0].shape
+        self._layer = layer
+        self._keep: list[object] = []
+        form = layout_of(layer.format, kv_heads=kv_heads, head_dim=head_dim)
+        width = max(1, *(len(row) for row in layer.tables))
+        numbers = [number for row in layer.tables for number in [*row, *[0] * (width - len(row))]]
+        array = slab_structs(layer.slabs, layer.starts, form.record_bytes)
+        pins = full_struct(layer.pins, batch, self._keep)
+        balance, feedback = (
+            None if x is None else x.to(torch.float32).contiguous() for x in (layer.balance, layer.feedback)
+        )
+        packed, residual, table, first = (
+            torch.tensor(counts, dtype=torch.int64)
+            for counts in (layer.packed, layer.residual, numbers, layer.first_position)
+        )
+        self._nothing_due = torch.zeros(batch, dtype=torch.int64)
+        encode = encode_struct(layer.format, kv_heads=kv_heads, head_dim=head_dim, grid=layer.grid, clip=layer.clip)
+        encode.feedback = None if feedback is None else feedback.data_ptr()
+        self._keep += [array, balance, feedback, packed, residual, table, first]
+        self._call = library.Step(
+            attend=library.Attend(
+                batch=batch,
+                kv_heads=kv_heads,
+                queries=1,
+                head_dim=head_dim,
+                balance=None if balance is None else balance.data_ptr(),
+                hadamard_block=layer.hadamard_block or 0,
+                output_hadamard_block=ops.hadamard_block(head_dim) if layer.rotate_v else 0,
+            ),
+            packed=library.Packed(
+                layout=form,
+                slab_count=len(array),
+                slabs=array,
+                table=table.data_ptr(),
+                table_width=width,
+                table_stride=width,
+                first_position=first.data_ptr(),
+                skips=None if layer.skips is None else layer.skips.data_ptr(),
+                skip_count=0 if layer.skips is None else layer.skips.shape[1],
+            ),
+            ring_k=view_of(layer.ring[0]),
+            ring_v=view_of(layer.ring[1]),
+            pin_k=pins.k,
+            pin_v=pins.v,
+            ring_slots=slots,
+            pin_slots=pins.tokens,
+            pin_positions=pins.positions,
+            packed_tokens=packed.data_ptr(),
+            residual=residual.data_ptr(),
+            encode=encode,
+        )
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        due: Sequence[int],
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Take one token of every sequence; see `Stepper`."""
+        call, attend = self._call, self._call.attend
+        batch, query_heads, _, head_dim = q.shape
+        given, k, v = readable(q), readable(k), readable(v)
+        out = torch.empty((batch, 1, query_heads, head_dim), dtype=given.dtype).transpose(1, 2)
+        sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+        wanted = torch.tensor(due, dtype=torch.int64) if any(due) else self._nothing_due
+        attend.q, attend.out, call.k, call.v = view_of(given), view_of(out), view_of(k), view_of(v)
+        attend.query_heads = query_heads
+        attend.scale = head_dim**-0.5 if scale is None else scale
+        attend.softcap = softcap or 0.0
+        attend.window = EVERYTHING if window is None else min(window, EVERYTHING)
+        attend.sinks = None if sinks is None else sinks.data_ptr()
+        attend.threads = torch.get_num_threads()
+        call.due = wanted.data_ptr()
+        library.run(call)
+        return out.to(q.dtype)
+
+
+def stepper(layer: StepLayer) -> LayerStep:
+    """Return what runs whole decode steps of a layer."""
+    return LayerStep(layer)
