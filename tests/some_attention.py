@@ -114,7 +114,7 @@ class Case:
     @property
     def mask_positions(self) -> int:
         """A number above every position."""
-        return int(max(self.positions.max(), self.q_positions.max())) + 1
+        return max(0, int(self.positions.max()), int(self.q_positions.max())) + 1
 
     def repeated(self, rows: int) -> "Case":
         """A case of one sequence as one of many equal sequences, read from the same memory: batch strides of 0."""

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from occamkv import kernels
@@ -205,15 +205,16 @@ def test_shapes_that_do_not_fit_are_refused(backend, change, told):
 
 
 @st.composite
-def cases(draw) -> tuple[Case, dict]:
-    """Any format and rotation, small shapes, any mixture of options."""
+def cases(draw, *levels: str, head_dim_step: int = 8) -> tuple[Case, dict]:
+    """Any format (with `levels` only those) and rotation, small shapes, any mixture of options."""
     k_rotation, v_rotation = draw(st.sampled_from(["none", "hadamard", "balanced"])), draw(st.booleans())
-    form = Method("oscar", draw(formats()), k_rotation=k_rotation, v_rotation="hadamard" if v_rotation else "none")
-    queries, heads, gqa = draw(st.integers(1, 9)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    written = draw(formats(*levels))
+    form = Method("oscar", written, k_rotation=k_rotation, v_rotation="hadamard" if v_rotation else "none")
+    queries, heads, gqa = draw(st.integers(1, 9)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 7, 16]))
     rows = st.builds(Held, st.integers(0, 4), st.integers(0, 5), st.integers(0, 127), st.integers(0, queries))
     case = make_case(
         form,
-        head_dim=8 * draw(st.integers(1, 17)),
+        head_dim=head_dim_step * draw(st.integers(1, 256 // head_dim_step)),
         heads=heads,
         gqa=gqa,
         queries=queries,
@@ -221,28 +222,21 @@ def cases(draw) -> tuple[Case, dict]:
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 999)),
     )
-    chosen = (
-        {}
-        if draw(st.booleans())
-        else {"mask": boolean(*draw(st.sampled_from([sizes(case), (1, 1, *sizes(case)[2:])])))}
-    )
+    shapes = st.sampled_from([sizes(case), (1, 1, *sizes(case)[2:])])
+    chosen = {} if draw(st.booleans()) else {"mask": boolean(*draw(shapes))}
     chosen["window"] = draw(st.none() | st.integers(1, 300))
     chosen["softcap"] = draw(st.none() | st.just(4.0))
     chosen["sinks"] = draw(st.none() | st.just(torch.linspace(-2, 2, heads * gqa)))
     return case, chosen
 
 
+any_cases = {"reference": cases(), "cpu": cases("uniform", head_dim_step=16)}
+
+
 @backends
-@given(cases())
-@settings(
-    deadline=None,
-    max_examples=60,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
-)
-def test_any_small_case(backend, drawn):
-    case, options = drawn
-    form = case.packed.format if case.packed else METHODS["oscar"].packed_format
-    target = kernels.backend(backend)
-    assume(target.refuses(form, torch.device("cpu"), case.q.shape[3]) is None)
-    case.check(target, **options)
+@given(st.data())
+@settings(deadline=None, max_examples=60, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_small_case(backend, data):
+    backend_or_skip(backend, METHODS["oscar"])
+    case, options = data.draw(any_cases[backend])
+    case.check(kernels.backend(backend), **options)

@@ -1,5 +1,6 @@
 """Threads: how the work is shared changes nothing but the rounding of a join; calls from many threads and children."""
 
+import ctypes
 import os
 import threading
 import time
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from attention_truth import relative_error
+from occamkv.kernels.cpu import library
 from some_attention import METHODS, Case, Held, backend_or_skip, cpu_backends, make_case
 
 FORM = METHODS["kivi-k3v4-with-8-bit-metadata"]
@@ -101,10 +103,9 @@ def test_a_child_can_attend_with_several_threads(threads, backend):
     assert ended == (child, 0)
 
 
-@cpu_backends
-def test_other_python_threads_go_on_during_a_call(backend):
-    case = cases()[0].repeated(512)
-    target, ticks, stop = backend_or_skip(backend, FORM), [], threading.Event()
+def ticks_during(call) -> int:
+    """How often another Python thread gets its turn during a call."""
+    ticks, stop = [], threading.Event()
 
     def tick() -> None:
         while not stop.is_set():
@@ -114,14 +115,37 @@ def test_other_python_threads_go_on_during_a_call(backend):
     other = threading.Thread(target=tick)
     other.start()
     try:
-        spans = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            case.attend(target)
-            spans.append((begin, time.perf_counter()))
+        begin = time.perf_counter()
+        call()
+        end = time.perf_counter()
     finally:
         stop.set()
         other.join()
-    longest = max(spans, key=lambda span: span[1] - span[0])
-    assert longest[1] - longest[0] > 0.005, "a call too short to see anything"
-    assert sum(longest[0] < at < longest[1] for at in ticks) >= 2
+    return sum(begin + 0.002 < at < end - 0.002 for at in ticks)
+
+
+def lasting(target, seconds: float) -> Case:
+    """A case whose call lasts so long."""
+    for rows in (2**i for i in range(3, 16)):
+        case = cases()[0].repeated(rows)
+        begin = time.perf_counter()
+        case.attend(target)
+        if time.perf_counter() - begin > seconds:
+            return case
+    raise AssertionError("a call of 32768 sequences takes no time")
+
+
+@cpu_backends
+def test_other_python_threads_go_on_during_a_call(backend):
+    target = backend_or_skip(backend, FORM)
+    case = lasting(target, 0.05)
+    assert max(ticks_during(lambda: case.attend(target)) for _ in range(3)) >= 3
+
+
+def test_twin_a_call_that_holds_the_interpreter_is_noticed(monkeypatch):
+    target = backend_or_skip("cpu", FORM)
+    case, native = lasting(target, 0.05), library.library()
+    holding = ctypes.PyDLL(native._name)
+    holding.okv_attend_run.argtypes = native.okv_attend_run.argtypes
+    monkeypatch.setattr(library, "library", lambda: holding)
+    assert max(ticks_during(lambda: case.attend(target)) for _ in range(3)) < 3

@@ -17,3 +17,4 @@ extern int failures;
 void check_pool();
 void check_dispatch();
 void check_encode();
+void check_attend();

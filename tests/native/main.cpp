@@ -16,6 +16,7 @@ const Check checks[] = {
     {"pool", check_pool},
     {"dispatch", check_dispatch},
     {"encode", check_encode},
+    {"attend", check_attend},
 };
 
 int main() {
