@@ -187,6 +187,40 @@ def crossovers(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[str]:
     return lines
 
 
+def speed() -> str:
+    """Return the sentence about decoding speed, from `occamkv bench decode`."""
+    if not (RESULTS / "bench-decode.json").exists():
+        return "Not measured yet."
+    data = read("bench-decode")
+    wanted = {"shape": "smollm2", "context": 8192, "method": "occam", "threads": 1, "dtype": "bfloat16"}
+    (row,) = (row for row in data["rows"] if all(row[key] == value for key, value in wanted.items()))
+    best = row["best_stock"].removeprefix("stock_")
+    return (
+        f"**{row['ratio_best_stock']:.1f}x faster, {row['stock_bytes'] / row['cache_bytes']:.1f}x smaller**: with "
+        f"{row['context']} tokens in the cache {row['shape']} decodes {1000 / row['ours_ms']:.0f} tokens/s on one CPU "
+        f"core with the packed cache (`{row['method']}`, bfloat16), and "
+        f"{1000 / row['ours_ms'] / row['ratio_best_stock']:.0f} with transformers' `DynamicCache` and SDPA (the faster "
+        f"of bfloat16 and float32: {best}). {under(data)}"
+    )
+
+
+def step_parts() -> str:
+    """Return the table of `benchmarks/step.py`: where the time of a decode step goes."""
+    if not (RESULTS / "step.json").exists():
+        return "Not measured yet: this table will be made from `step.json` in the folder of results."
+    data = read("step")
+    contexts = list(data["rows"])
+    lines = [
+        "| part | " + " | ".join(f"{int(context)} tokens, ms | a layer, us" for context in contexts) + " |",
+        "|---" * (1 + 2 * len(contexts)) + "|",
+    ]
+    for part in data["rows"][contexts[0]]:
+        found = [data["rows"][context][part] for context in contexts]
+        cells = (f"{ms:.2f} | {1000 * ms / data['layers']:.0f}" for ms in found)
+        lines.append(f"| {'**all**' if part == 'step' else part} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{data['model']}, `{data['method']}`, {data['isa']}, {data['what']}. {under(data)}"])
+
+
 SHOWN = (
     *("full", "occam_small", "occam", "occam_quality", "occam_quality_k3v2_g64"),
     *("oscar", "kivi", "turboquant", "turboquant_k3v3"),
@@ -194,7 +228,7 @@ SHOWN = (
 EVAL = ("eval-smollm2", "eval-gemma3")
 WIKITEXT = ("eval-smollm2-wikitext2", "eval-gemma3-wikitext2")
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"memory": memory, "quality": partial(quality, *EVAL, only=SHOWN)},
+    "README.md": {"speed": speed, "memory": memory, "quality": partial(quality, *EVAL, only=SHOWN)},
     "CLAIMS.md": {"wikitext": partial(quality, *WIKITEXT)},
     "docs/methods.md": {
         "all": partial(quality, *EVAL),
@@ -204,8 +238,13 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/performance.md": {
         "attend": partial(measured, attend_speed, "bench-attend"),
+        "threads": partial(measured, attend_speed, "bench-attend-threads"),
+        "avx2": partial(measured, attend_speed, "bench-attend-avx2"),
+        "bits": partial(measured, attend_speed, "bench-attend-bits"),
         "encode": partial(measured, encode_speed, "bench-encode"),
         "decode": partial(measured, decode_speed, "bench-decode"),
+        "prefill": partial(measured, decode_speed, "bench-prefill"),
+        "step": step_parts,
     },
 }
 

@@ -8,7 +8,7 @@ _CPU = {
     "cores": 2,
     "flags": ["avx2", "fma"],
     "torch_isa": "AVX2",
-    "asked_isa": None,
+    "isa": "avx2",
     "load_start": 0.1,
     "load_end": 1.0,
 }

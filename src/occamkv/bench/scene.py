@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from occamkv.bench.inputs import CPU, Shape, packed_of
+from occamkv.cache.stepping import Stepping
 from occamkv.cache.store import Row, Store
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.pages import Pages
 from occamkv.formats.records import decode_pages, from_groups, pages_of, places, to_groups, write
-from occamkv.kernels import Backend, FullTokens, PackedTokens
+from occamkv.kernels import Backend, FullTokens, PackedTokens, Stepper
 from occamkv.methods import Method
 from occamkv.methods.crossing import Crossing, Statistics
 
@@ -44,7 +45,7 @@ class Scene:
     """A packed cache as one attention call sees it.
 
     `q` is `[1, Hq, Tq, D]` in `DTYPE` and belongs to the newest tokens. `dequantized()` returns K and V of all tokens,
-    float32 `[1, H, context, D]` in model space.
+    float32 `[1, H, context, D]` in model space. `new` is K and V of the newest tokens in model space, for `stepper`.
     """
 
     q: Tensor
@@ -55,6 +56,17 @@ class Scene:
     crossing: Crossing
     backend: Backend
     dequantized: Callable[[], tuple[Tensor, Tensor]]
+    stepper: Stepper | None
+    new: tuple[Tensor, Tensor]
+
+    def step(self) -> Tensor:
+        """Do what a layer does for one new token, again and again the same one; without a stepper only attend."""
+        if self.stepper is None:
+            return self.attend(self.q)
+        held = self.stepper.residual[0]
+        out = self.stepper(self.q, *self.new, due=(0,), scale=None, window=None, softcap=None, sinks=None)
+        self.stepper.residual[0] = held
+        return self.crossing.leave_output(out)
 
     def attend(self, q: Tensor) -> Tensor:
         """Attend as `LayerCache.attend` does: q is rotated, the output is rotated back."""
@@ -121,7 +133,19 @@ def packed_scene(shape: Shape, method: Method, backend: Backend, *, context: int
     at = torch.arange(context - queries, context)[None]
     dequantized = partial(_dequantized, template, crossing, (near_k, near_v), pins, packed)
     full = [*store.full_tokens(), FullTokens(near_k[:, :, newest], near_v[:, :, newest], at)]
-    return Scene(drawn.q.to(DTYPE), at, store.packed_tokens(), store.pool.nbytes, full, crossing, backend, dequantized)
+    whole = queries == 1 and crossing.v_signs is None
+    return Scene(
+        q=drawn.q.to(DTYPE),
+        q_positions=at,
+        packed=store.packed_tokens(),
+        packed_bytes=store.pool.nbytes,
+        full=full,
+        crossing=crossing,
+        backend=backend,
+        dequantized=dequantized,
+        stepper=backend.stepper(Stepping(store, crossing).describe()) if whole else None,
+        new=(drawn.k[:, :, newest.start : split].to(DTYPE), drawn.v[:, :, newest.start : split].to(DTYPE)),
+    )
 
 
 def _template(tokens: tuple[Tensor, Tensor], method: Method, backend: Backend, crossing: Crossing) -> Pages:

@@ -48,6 +48,17 @@ class Times:
         }
 
 
+class Sweep:
+    """Reads more memory than the CPU's caches hold, so that every contestant finds them as cold as the others do."""
+
+    def __init__(self, nbytes: int = 128 * 2**20) -> None:
+        self._memory = torch.zeros(nbytes // 4)
+
+    def __call__(self) -> None:
+        """Read it all."""
+        self._memory.sum()
+
+
 def race(
     contestants: Sequence[Contestant],
     *,

@@ -57,7 +57,7 @@ class Stepping:
         if any(due) and self._make_room(due):
             self._stepper = None
         if self._stepper is None:
-            self._stepper = self._store.backend.stepper(self._describe())
+            self._stepper = self._store.backend.stepper(self.describe())
             if self._stepper is None:
                 return None
         out = self._stepper(q, k, v, due=due, **options)  # type: ignore[arg-type]
@@ -76,7 +76,8 @@ class Stepping:
                 row.pages, changed = row.pages + pool.allocate(missing), True
         return changed
 
-    def _describe(self) -> StepLayer:
+    def describe(self) -> StepLayer:
+        """Return what a backend needs to know of the layer."""
         store, method, crossing = self._store, self._store.method, self._crossing
         rows = store.rows
         return StepLayer(

@@ -15,7 +15,6 @@ from occamkv.errors import UnsupportedInput
 if TYPE_CHECKING:
     from occamkv.bench import Setting, Shape
 
-ISA_VARIABLE = "OCCAMKV_CPU_ISA"
 _DTYPES = ("bfloat16", "float32")
 _RANDOM_SEED = 0
 
@@ -27,7 +26,7 @@ Methods = Annotated[str, typer.Option("--method", help="Method names, separated 
 Threads = Annotated[str, typer.Option(help="Numbers of threads, separated by commas, or all.")]
 Repetitions = Annotated[int, typer.Option(help="Turns of each contestant, 5 or more; slow ones have 5.")]
 Backend = Annotated[str | None, typer.Option(help="Default: the one that the cache would take.")]
-Isa = Annotated[str | None, typer.Option(help=f"Instruction set of the CPU backend; sets {ISA_VARIABLE}.")]
+Isa = Annotated[str | None, typer.Option(help="Instruction set of the CPU backend; `occamkv doctor` lists them.")]
 Shapes = Annotated[
     str | None, typer.Option(help="Names, or query heads/KV heads/head_dim such as 32/8/128. Default: all names.")
 ]
@@ -134,7 +133,7 @@ class _Report:
 
         given = conditions()
         del given["threads"]  # each row has its own
-        cpu = cpu_conditions() | {"asked_isa": os.environ.get(ISA_VARIABLE), "load_start": self.load_start}
+        cpu = cpu_conditions() | {"isa": _isa(), "load_start": self.load_start}
         result = {"schema_version": SCHEMA_VERSION, "kind": self.kind, "what": what, **given, "cpu": cpu, **found}
         check(result)
         if self.json_file is not None:
@@ -145,6 +144,13 @@ class _Report:
             draw(result, self.plot_file)
         if self.json_file != "-":
             show(result)
+
+
+def _isa() -> str | None:
+    """Return the instruction set of the native kernels, or None without them."""
+    from occamkv.kernels.cpu import library
+
+    return None if library.unavailable() else library.isa()
 
 
 def _need_plots(path: str) -> None:
@@ -159,9 +165,11 @@ def _need_plots(path: str) -> None:
 
 
 def _set_isa(isa: str | None) -> None:
-    """Ask for an instruction set; the backend reads the variable when it is loaded."""
+    """Take another instruction set than the best one."""
+    from occamkv.kernels.cpu import library
+
     if isa is not None:
-        os.environ[ISA_VARIABLE] = isa
+        library.select(isa)
 
 
 def _setting(methods: str, threads: str, repetitions: int, backend: str | None, **contexts: tuple[int, ...]) -> Setting:

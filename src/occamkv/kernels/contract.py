@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from ctypes import Array, c_int64
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -125,7 +126,12 @@ class StepLayer:
 
 
 class Stepper(Protocol):
-    """Runs decode steps of a layer: rotate, append, attend and pack in one call."""
+    """Runs decode steps of a layer: rotate, append, attend and pack in one call.
+
+    `residual` counts the tokens of each sequence in the ring; each step brings it up to date.
+    """
+
+    residual: Array[c_int64]
 
     def __call__(
         self,

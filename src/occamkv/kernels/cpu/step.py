@@ -1,6 +1,7 @@
 """Whole decode steps: what does not change from step to step is described once, the rest is one native call."""
 
 from collections.abc import Sequence
+from ctypes import addressof, c_int64
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from occamkv.kernels.contract import StepLayer
 from occamkv.kernels.cpu import library
 from occamkv.kernels.cpu.encoding import encode_struct
 from occamkv.kernels.cpu.layouts import EVERYTHING, full_struct, slab_structs
-from occamkv.kernels.cpu.structs import layout_of, readable, view_of
+from occamkv.kernels.cpu.structs import DTYPES, layout_of, readable, view_of
 
 
 class LayerStep:
@@ -18,8 +19,8 @@ class LayerStep:
 
     def __init__(self, layer: StepLayer) -> None:
         batch, kv_heads, slots, head_dim = layer.ring[0].shape
-        self._layer = layer
-        self._keep: list[object] = []
+        self._keep: list[object] = [layer]
+        self._strides: tuple[tuple[int, ...], ...] = ()
         form = layout_of(layer.format, kv_heads=kv_heads, head_dim=head_dim)
         width = max(1, *(len(row) for row in layer.tables))
         numbers = [number for row in layer.tables for number in [*row, *[0] * (width - len(row))]]
@@ -28,14 +29,14 @@ class LayerStep:
         balance, feedback = (
             None if x is None else x.to(torch.float32).contiguous() for x in (layer.balance, layer.feedback)
         )
-        packed, residual, table, first = (
-            torch.tensor(counts, dtype=torch.int64)
-            for counts in (layer.packed, layer.residual, numbers, layer.first_position)
+        packed, table, first = (
+            torch.tensor(counts, dtype=torch.int64) for counts in (layer.packed, numbers, layer.first_position)
         )
+        self.residual = (c_int64 * batch)(*layer.residual)
         self._nothing_due = torch.zeros(batch, dtype=torch.int64)
         encode = encode_struct(layer.format, kv_heads=kv_heads, head_dim=head_dim, grid=layer.grid, clip=layer.clip)
         encode.feedback = None if feedback is None else feedback.data_ptr()
-        self._keep += [array, balance, feedback, packed, residual, table, first]
+        self._keep += [array, balance, feedback, packed, table, first]
         self._call = library.Step(
             attend=library.Attend(
                 batch=batch,
@@ -65,7 +66,7 @@ class LayerStep:
             pin_slots=pins.tokens,
             pin_positions=pins.positions,
             packed_tokens=packed.data_ptr(),
-            residual=residual.data_ptr(),
+            residual=addressof(self.residual),
             encode=encode,
         )
 
@@ -88,8 +89,13 @@ class LayerStep:
         out = torch.empty((batch, 1, query_heads, head_dim), dtype=given.dtype).transpose(1, 2)
         sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         wanted = torch.tensor(due, dtype=torch.int64) if any(due) else self._nothing_due
-        attend.q, attend.out, call.k, call.v = view_of(given), view_of(out), view_of(k), view_of(v)
-        attend.query_heads = query_heads
+        strides = (given.stride(), k.stride(), v.stride())
+        if strides != self._strides or attend.q.dtype != DTYPES[given.dtype]:
+            attend.q, attend.out, call.k, call.v = view_of(given), view_of(out), view_of(k), view_of(v)
+            self._strides, attend.query_heads = strides, query_heads
+        else:
+            attend.q.data, attend.out.data = given.data_ptr(), out.data_ptr()
+            call.k.data, call.v.data = k.data_ptr(), v.data_ptr()
         attend.scale = head_dim**-0.5 if scale is None else scale
         attend.softcap = softcap or 0.0
         attend.window = EVERYTHING if window is None else min(window, EVERYTHING)
