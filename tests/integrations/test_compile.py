@@ -76,7 +76,7 @@ def test_compiled_steps_give_what_eager_steps_give_and_new_caches_need_no_new_gr
 def test_twin_without_the_operator_a_packed_layer_breaks_the_graph(model, graphs, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
     fast = torch.compile(model, fullgraph=True, backend=graphs[0])
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         decode(fast, filled(model))
 
 

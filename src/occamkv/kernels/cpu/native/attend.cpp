@@ -90,7 +90,8 @@ int64_t shares(const okv_attend &a, int64_t chunks) {
 }  // namespace
 
 bool attend(const okv_attend &a) {
-  Attention call = {&a, nullptr, 0, 0, 0, 0, nullptr};
+  int failed = 0;
+  Attention call = {&a, nullptr, 0, 0, 0, 0, &failed, nullptr};
   if (a.packed) {
     if (!find_pages(*a.packed, a.batch, buffers.pages)) return false;
     call.pages = buffers.pages.data();
@@ -103,6 +104,10 @@ bool attend(const okv_attend &a) {
   buffers.partials.resize((size_t)(rows * call.splits * (PARTIAL_HEADER + a.head_dim)));
   call.partials = buffers.partials.data();
   parallel(a.batch * a.kv_heads * call.chunks * call.splits, a.threads, run_item, &call);
+  if (failed) {
+    set_error("out of memory");
+    return false;
+  }
   parallel(rows, rows * a.head_dim > 65536 ? a.threads : 1, run_row, &call);
   return true;
 }

@@ -24,6 +24,7 @@ struct Attention {
   int64_t rows;    // of a KV head: query heads of its group x queries
   int64_t chunks;  // of at most MAX_ROWS rows
   int64_t splits;  // shares of the pages
+  int *failed;      // set to 1 by an item that got no memory
   float *partials;  // [batch][kv_heads][rows][splits][PARTIAL_HEADER + head_dim]
 
   float *partial(int64_t batch, int64_t head, int64_t row, int64_t split) const {
