@@ -52,6 +52,9 @@ CPU_TARGETS = tuple(name for name in TARGETS if name.startswith("cpu"))
 DEFAULT_TARGETS = tuple(name for name in TARGETS if name not in CPU_TARGETS[1:])
 """Without the instruction sets that are not the best one: for tests of what all of them share."""
 
+AVAILABLE = tuple(name for name in kernels.BACKENDS if name != "cpu" or not library.unavailable())
+"""Backends that can run here: where the C++ library was not built, the CPU's cannot."""
+
 backends = pytest.mark.parametrize("backend", TARGETS, indirect=True)
 default_backends = pytest.mark.parametrize("backend", DEFAULT_TARGETS, indirect=True)
 cpu_backends = pytest.mark.parametrize("backend", CPU_TARGETS, indirect=True)

@@ -15,11 +15,11 @@ from integrations.comparison import Call, comparing
 from integrations.steps import difference, prompt, run, words
 from occamkv import PackedCache, kernels
 from occamkv.integrations.transformers import attention
+from some_attention import AVAILABLE
 
 PROMPT, SHORTER, NEW = 370, 300, 40  # the new tokens fill the residual, so packing goes on while generating
 ABOVE_ALL = 10**6
 ROUNDING = {"reference": 1e-5, "cpu": 2e-3}  # of float32; of 16-bit fixed point
-BACKENDS = kernels.BACKENDS
 LLAMA = TINY["llama"]
 
 FEATURES = {
@@ -89,7 +89,7 @@ def test_while_nothing_is_packed_the_tokens_are_those_of_transformers_own_cache(
     assert not cache.report().quantized
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize(("method", "packed"), [("occam", 256 + 32), ("oscar", 256 + 128)])
 @every_feature
 def test_every_attention_call_on_packed_tokens_is_plain_attention_on_the_dequantized_ones(
@@ -187,7 +187,7 @@ def test_rows_move_with_all_that_is_packed(change, rows, model):
     cache = run(model, prompt(LLAMA, {0: PROMPT, 1: SHORTER}), tokens, past_key_values=PackedCache(model)).cache
     expected = _step(model, copy.deepcopy(cache), [0, 1])
     change(cache)
-    assert difference(_step(model, cache, rows), expected[rows]) < ROUNDING[BACKENDS[0]]
+    assert difference(_step(model, cache, rows), expected[rows]) < ROUNDING[AVAILABLE[0]]
     assert difference(expected[:1], expected[1:]) > 0.1  # another row would not do
 
 
