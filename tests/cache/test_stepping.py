@@ -90,6 +90,41 @@ def test_a_step_out_of_the_ordinary_goes_the_long_way(change, steps):
     assert not steps
 
 
+@pytest.mark.parametrize(
+    ("q", "sinks"),
+    [
+        pytest.param((1, 3, 1, 32), None, id="query heads no multiple of KV heads"),
+        pytest.param((2, 2, 1, 32), None, id="another batch"),
+        pytest.param((1, 2, 1, 64), None, id="another head_dim"),
+        pytest.param((1, 2, 1, 32), 3, id="too many sinks"),
+    ],
+)
+def test_queries_that_do_not_fit_are_refused_before_a_step_is_taken(q, sinks, steps):
+    cache = LayerCache(method("oscar"))
+    k = torch.randn(1, 2, 200, 32)
+    cache.update(k, k)
+    cache.settle()
+    cache.update(k[:, :, :1], k[:, :, :1])
+    with pytest.raises(UnsupportedInput):
+        cache.attend(torch.randn(q), sinks=None if sinks is None else torch.zeros(sinks))
+    assert not steps
+    cache.attend(torch.randn(1, 2, 1, 32))
+    assert steps == [1] and cache.length == 201
+
+
+def test_other_query_heads_in_the_same_memory_order_are_described_anew(steps):
+    cache = LayerCache(method("oscar"))
+    k, wide = torch.randn(1, 2, 200, 32), torch.randn(1, 8, 1, 32)
+    cache.update(k, k)
+    cache.settle()
+    for heads in (2, 8, 4):
+        cache.update(k[:, :, :1], k[:, :, :1])
+        other = copy.deepcopy(cache)
+        q = wide[:, :heads]  # the strides are those of all eight
+        torch.testing.assert_close(cache.attend(q), other.attend(q.clone()), rtol=0, atol=0)
+    assert len(steps) == 6
+
+
 def test_a_copy_steps_in_memory_of_its_own(steps):
     cache = LayerCache(method("oscar"))
     k, q = torch.randn(1, 2, 200, 32), torch.randn(1, 2, 1, 32)

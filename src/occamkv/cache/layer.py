@@ -163,7 +163,7 @@ class LayerCache:
         """
         store = self._store()
         self.note(seen)
-        out = self._step(q, seen, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        out = self._step(q, seen, sinks, scale=scale, window=window, softcap=softcap)
         if out is not None:
             return out
         full = store.full_tokens()
@@ -189,14 +189,14 @@ class LayerCache:
         self.settle()
         return self._cross.leave_output(out)
 
-    def _step(self, q: Tensor, seen: masks.Seen | None, **options: object) -> Tensor | None:
+    def _step(self, q: Tensor, seen: masks.Seen | None, sinks: Tensor | None, **options: object) -> Tensor | None:
         """Attend and settle in one call of the backend; None if this is not a plain step of one token each."""
         step, masked = self._waiting, seen is not None and seen.mask is not None
         waits = self.records_past or not self.pack_after_attend or self.chooser is not None
         if step is None or step.kept is not None or masked or waits or (q.shape[2], self.new) != (1, 1):
             return None
         self._stepping = self._stepping or Stepping(self._store(), self._cross)
-        out = self._stepping.run(q, step.k, step.v, **options)
+        out = self._stepping.run(q, step.k, step.v, sinks=sinks, **options)
         if out is not None:
             self._waiting = None
             self._slots.append(1, None)

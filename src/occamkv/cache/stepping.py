@@ -29,6 +29,13 @@ class Stepping:
         self._store, self._crossing = store, crossing
         self._stepper: Stepper | None = None
 
+    def _fits(self, q: Tensor, sinks: Tensor | None) -> bool:
+        """Tell whether a step's queries go with what is held; the long way says what is wrong with others."""
+        batch, heads, _, head_dim = self._store.residual_k.shape
+        query_heads = q.shape[1]
+        shaped = query_heads > 0 and query_heads % heads == 0 and q.shape == (batch, query_heads, 1, head_dim)
+        return shaped and q.device == self._store.residual_k.device and (sinks is None or sinks.numel() == query_heads)
+
     def _due(self, q: Tensor) -> list[int] | None:
         """Return how many tokens of each sequence one more will make due; None if the step needs the long way."""
         store, rows = self._store, self._store.rows
@@ -42,16 +49,17 @@ class Stepping:
         shrinks = room != store.ring_slots  # it was made larger to wait for min_tokens
         return None if any(due) and (method.finds_pins or shrinks) else due
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor | None:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **options: object) -> Tensor | None:
         """Take one token of every sequence; None if this step needs the long way, and nothing has changed.
 
         Args:
             q: `[B, Hq, 1, D]` in model space.
             k: `[B, H, 1, D]` in model space.
             v: The same shape.
-            **options: scale, window, softcap and sinks, as in the backend's `attend`.
+            sinks: As in the backend's `attend`.
+            **options: scale, window and softcap, as there.
         """
-        rows, due = self._store.rows, self._due(q)
+        rows, due = self._store.rows, self._due(q) if self._fits(q, sinks) else None
         if due is None:
             return None
         if any(due) and self._make_room(due):
@@ -60,7 +68,7 @@ class Stepping:
             self._stepper = self._store.backend.stepper(self.describe())
             if self._stepper is None:
                 return None
-        out = self._stepper(q, k, v, due=due, **options)  # type: ignore[arg-type]
+        out = self._stepper(q, k, v, due=due, sinks=sinks, **options)  # type: ignore[arg-type]
         for row, count in zip(rows, due, strict=True):
             row.packed, row.residual = row.packed + count, row.residual + 1 - count
         return out

@@ -11,7 +11,7 @@ from occamkv.kernels.contract import StepLayer
 from occamkv.kernels.cpu import library
 from occamkv.kernels.cpu.encoding import encode_struct
 from occamkv.kernels.cpu.layouts import EVERYTHING, full_struct, slab_structs
-from occamkv.kernels.cpu.structs import DTYPES, layout_of, readable, view_of
+from occamkv.kernels.cpu.structs import layout_of, readable, view_of
 
 
 class LayerStep:
@@ -20,7 +20,7 @@ class LayerStep:
     def __init__(self, layer: StepLayer) -> None:
         batch, kv_heads, slots, head_dim = layer.ring[0].shape
         self._keep: list[object] = [layer]
-        self._strides: tuple[tuple[int, ...], ...] = ()
+        self._described: tuple[object, ...] = ()
         form = layout_of(layer.format, kv_heads=kv_heads, head_dim=head_dim)
         width = max(1, *(len(row) for row in layer.tables))
         numbers = [number for row in layer.tables for number in [*row, *[0] * (width - len(row))]]
@@ -89,10 +89,10 @@ class LayerStep:
         out = torch.empty((batch, 1, query_heads, head_dim), dtype=given.dtype).transpose(1, 2)
         sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         wanted = torch.tensor(due, dtype=torch.int64) if any(due) else self._nothing_due
-        strides = (given.stride(), k.stride(), v.stride())
-        if strides != self._strides or attend.q.dtype != DTYPES[given.dtype]:
+        described = (query_heads, given.dtype, given.stride(), k.stride(), v.stride())
+        if described != self._described:
             attend.q, attend.out, call.k, call.v = view_of(given), view_of(out), view_of(k), view_of(v)
-            self._strides, attend.query_heads = strides, query_heads
+            self._described, attend.query_heads = described, query_heads
         else:
             attend.q.data, attend.out.data = given.data_ptr(), out.data_ptr()
             call.k.data, call.v.data = k.data_ptr(), v.data_ptr()

@@ -32,7 +32,7 @@ constexpr int64_t PAGES_AT_LEAST = 4;  // in a share, or joining them costs more
 
 // The slab of a page, tried first where the last one was found; null if it lies in none.
 const okv_slab *slab_of(const okv_packed &packed, int64_t number, int64_t &last) {
-  for (int64_t tried = 0; tried <= packed.slab_count; tried++) {
+  for (int64_t tried = 0; tried < packed.slab_count; tried++) {
     const okv_slab &slab = packed.slabs[last];
     if (number >= slab.start && number < slab.start + slab.count) return &slab;
     last = last + 1 < packed.slab_count ? last + 1 : 0;
