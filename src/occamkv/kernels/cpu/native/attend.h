@@ -6,6 +6,18 @@
 
 namespace occam {
 
+// Position of the packed token, or token of the residual, with this number. Pins in between push it back.
+static inline int64_t position_of(const okv_packed &packed, int64_t batch, int64_t number) {
+  const int64_t n = packed.first_position[batch] + number;
+  int64_t low = 0, high = packed.skips ? packed.skip_count : 0;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (packed.skips[batch * packed.skip_count + middle] <= n) low = middle + 1;
+    else high = middle;
+  }
+  return n + low;
+}
+
 constexpr int64_t MAX_ROWS = 32;  // query rows that share one pass over the pages of a KV head
 
 struct Page {

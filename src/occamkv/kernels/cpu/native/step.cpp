@@ -19,14 +19,6 @@ struct Buffers {
 
 thread_local Buffers buffers;
 
-// Position of a token that is not pinned; pins among them push it back.
-int64_t position_of(const okv_packed &packed, int64_t batch, int64_t number) {
-  const int64_t n = packed.first_position[batch] + number, *skips = packed.skips + batch * packed.skip_count;
-  int64_t passed = 0;
-  while (packed.skips && passed < packed.skip_count && skips[passed] <= n) passed++;
-  return n + passed;
-}
-
 // Where the tokens of the ring stand, the new one included, and where the new one does.
 void place(const okv_step &call) {
   buffers.positions.resize((size_t)call.attend.batch);
