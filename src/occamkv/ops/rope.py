@@ -1,0 +1,70 @@
+"""Rotary position embedding as a turn of channel pairs (Su et al. 2021, arXiv:2104.09864, eq. 34), for what we add.
+
+The model applies its own embedding; this one serves the key bias, which is taken out of K and put back into the
+logit with the same angles, and pinned tokens that move with a window.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Which channels form a pair, and how fast it turns.
+
+    Args:
+        frequencies: float64 `[P]`, radians per position.
+        first: int64 `[P]`, first channel of each pair.
+        second: int64 `[P]`, second channel; channels in no pair are not turned.
+    """
+
+    frequencies: Tensor
+    first: Tensor
+    second: Tensor
+
+    @staticmethod
+    def of(frequencies: Tensor, *, interleaved: bool = False) -> "Rotary":
+        """Return the usual layouts of P pairs: channels (i, i + P), or (2 i, 2 i + 1) when `interleaved`."""
+        pairs = torch.arange(len(frequencies))
+        first, second = (2 * pairs, 2 * pairs + 1) if interleaved else (pairs, pairs + len(frequencies))
+        return Rotary(frequencies.double().cpu(), first, second)
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turn vectors forward by their positions (backward by negative ones).
+
+        Args:
+            x: `[..., T, D]`.
+            positions: int64, broadcastable to `[..., T]`.
+
+        Returns:
+            float32, the shape of x.
+        """
+        angles = positions[..., None].double() * self.frequencies.to(x.device)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        out = x.float().clone()
+        a, b = out[..., self.first], out[..., self.second]
+        out[..., self.first], out[..., self.second] = a * cos - b * sin, b * cos + a * sin
+        return out
+
+
+@dataclass(frozen=True)
+class KeyBias:
+    """A vector that a model adds to all keys of a head before it embeds their positions.
+
+    K of position t holds `turn(vector, t)`. Caches store K without it, and logits get `scale * q . turn(vector, t)`
+    back, so the result does not depend on whether the angles are those of the model.
+
+    Args:
+        rotary: Pairs and frequencies; only pairs that are to be taken out.
+        vector: float32 `[H, D]`, zero outside these pairs.
+    """
+
+    rotary: Rotary
+    vector: Tensor
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Return what keys at positions int64 `[B, T]` hold of the bias, float32 `[B, H, T, D]`."""
+        vector = self.vector.to(positions.device)[None, :, None, :].expand(len(positions), -1, positions.shape[1], -1)
+        return self.rotary.turn(vector, positions[:, None])
