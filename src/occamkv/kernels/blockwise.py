@@ -16,6 +16,7 @@ from occamkv.formats import PAGE_TOKENS, records
 from occamkv.formats.pages import Pages
 from occamkv.kernels.checks import check_attend, check_lengths
 from occamkv.kernels.contract import FullTokens, PackedTokens, positions_of
+from occamkv.ops.rope import KeyBias
 
 Reader = Callable[[Pages], tuple[Tensor, Tensor]]
 """Reads whole pages back: K and V, float32 `[P, H, 128, D]` in cache space."""
@@ -38,6 +39,7 @@ def attend(
     hadamard_block: int | None = None,
     balance: Tensor | None = None,
     rotate_output: bool = False,
+    key_bias: KeyBias | None = None,
     read: Reader = records.decode_pages,
 ) -> Tensor:
     """Attend from q to packed and full-precision tokens at once.
@@ -56,6 +58,8 @@ def attend(
         hadamard_block: Rotate q first, in blocks of this size.
         balance: d, `[H, D]`: divide q by it before the rotation.
         rotate_output: Rotate the result back, because V is stored rotated.
+        key_bias: What was taken out of every K, packed or not: its product with q in model space comes back into the
+            logit, before soft cap and mask.
         read: How pages are read back.
 
     Returns:
@@ -65,14 +69,24 @@ def attend(
         UnsupportedInput: Shapes, dtypes or devices do not fit together, or pages lie outside the pool.
     """
     kv_heads = check_attend(
-        q, q_positions, packed, full, mask=mask, sinks=sinks, balance=balance, hadamard_block=hadamard_block
+        q,
+        q_positions,
+        packed,
+        full,
+        mask=mask,
+        sinks=sinks,
+        balance=balance,
+        hadamard_block=hadamard_block,
+        key_bias=key_bias,
     )
     batch, q_heads, length, head_dim = q.shape
     inverse = None if balance is None else 1 / balance.repeat_interleave(q_heads // kv_heads, dim=0)
     rotated = ops.rotate(q, hadamard_block=hadamard_block, balance=inverse)
-    queries = (rotated * (head_dim**-0.5 if scale is None else scale)).unflatten(1, (kv_heads, -1))
+    scale = head_dim**-0.5 if scale is None else scale
+    queries = (rotated * scale).unflatten(1, (kv_heads, -1))
     running = _Running.start(queries, sinks)
-    view = _View(q_positions, mask, window, softcap)
+    biased = None if key_bias is None else _Biased(key_bias, (q.float() * scale).unflatten(1, (kv_heads, -1)))
+    view = _View(q_positions, mask, window, softcap, biased)
     for block in _blocks(packed, full, read):
         rows = block.k.shape[0] * block.k.shape[1] * block.k.shape[2] * block.k.shape[3]
         step = max(1, _LOGITS // max(1, rows * queries.shape[2]))
@@ -100,13 +114,21 @@ class _Running(NamedTuple):
         return _Running(largest, largest.isfinite().to(queries.dtype), torch.zeros_like(queries))
 
 
+class _Biased(NamedTuple):
+    """A key bias and the scaled queries in model space that meet it, float32 `[B, H, g, Tq, D]`."""
+
+    key_bias: KeyBias
+    queries: Tensor
+
+
 class _View(NamedTuple):
-    """What a query may see, and how logits are bent."""
+    """What a query may see, what comes to its logits, and how they are bent."""
 
     q_positions: Tensor
     mask: Tensor | None
     window: int | None
     softcap: float | None
+    biased: _Biased | None
 
 
 class _Block(NamedTuple):
@@ -116,6 +138,7 @@ class _Block(NamedTuple):
     k: Tensor
     v: Tensor
     positions: Tensor
+    logit_bias: Tensor | None = None
 
 
 def _add_block(running: _Running, queries: Tensor, block: _Block, view: _View, steps: slice) -> None:
@@ -124,8 +147,13 @@ def _add_block(running: _Running, queries: Tensor, block: _Block, view: _View, s
     folded = q.flatten(2, 3)[:, None]  # [rows, 1, H, g * Tq, D]
     logits = folded @ block.k.transpose(-1, -2)  # [rows, n, H, g * Tq, L]
     logits = logits.permute(0, 2, 3, 1, 4).flatten(3).unflatten(2, q.shape[2:4])  # [rows, H, g, Tq, n * L]
+    if view.biased is not None:
+        model = view.biased.queries[rows, :, :, steps].flatten(2, 3)
+        logits = logits + (model @ view.biased.key_bias.rows(block.positions).mT).view_as(logits)
     if view.softcap is not None:
         logits = torch.tanh(logits / view.softcap) * view.softcap
+    if block.logit_bias is not None:
+        logits = logits + block.logit_bias.to(logits).unflatten(0, q.shape[1:3])[:, :, None, None]
     logits = _hide(logits, block, view, rows, steps)
     old = running.largest[rows, :, :, steps]
     largest = torch.maximum(old, logits.amax(-1))
@@ -170,7 +198,7 @@ def _full_blocks(part: FullTokens) -> Iterator[_Block]:
         for first in range(0, tokens, step):
             some = slice(first, first + step)
             k, v = (x[rows, :, some].to(torch.float32)[:, None] for x in (part.k, part.v))
-            yield _Block(row, k, v, part.positions[rows, some])
+            yield _Block(row, k, v, part.positions[rows, some], part.logit_bias)
 
 
 def _blocks(packed: PackedTokens | None, full: Sequence[FullTokens], read: Reader) -> Iterator[_Block]:

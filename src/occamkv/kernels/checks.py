@@ -8,6 +8,7 @@ from torch import Tensor
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
 from occamkv.kernels.contract import FullTokens, PackedTokens
+from occamkv.ops.rope import KeyBias
 
 
 def check_attend(
@@ -20,6 +21,7 @@ def check_attend(
     sinks: Tensor | None,
     balance: Tensor | None,
     hadamard_block: int | None,
+    key_bias: KeyBias | None,
 ) -> int:
     """Check that the arguments of `attend` fit together.
 
@@ -42,13 +44,42 @@ def check_attend(
     if mask is not None:
         _check_mask(mask, q)
     if sinks is not None:
-        if sinks.numel() != q_heads:
-            raise UnsupportedInput(f"sinks has {sinks.numel()} values; allowed: one for each of {q_heads} query heads.")
-        _check_tensor("sinks", sinks, q, shape=tuple(sinks.shape))
+        check_of_heads("sinks", sinks, q)
+    for part in full:
+        if part.logit_bias is not None:
+            check_of_heads("logit_bias", part.logit_bias, q)
     if balance is not None:
         _check_tensor("balance", balance, q, shape=(kv_heads, head_dim))
     _check_block(hadamard_block, head_dim)
+    if key_bias is not None:
+        _check_tensor("the vector of key_bias", key_bias.vector, q, shape=(kv_heads, head_dim))
+        check_key_bias(key_bias)
     return kv_heads
+
+
+def check_of_heads(name: str, x: Tensor, q: Tensor) -> None:
+    """Raise `UnsupportedInput` unless x holds one float for each head of q, on its device."""
+    if x.numel() != q.shape[1]:
+        raise UnsupportedInput(f"{name} has {x.numel()} values; allowed: one for each of {q.shape[1]} query heads.")
+    _check_tensor(name, x, q, shape=tuple(x.shape))
+
+
+def check_key_bias(key_bias: KeyBias) -> None:
+    """Raise `UnsupportedInput` unless pairs are channels of the vector, each once, and all numbers are finite."""
+    rotary, vector = key_bias.rotary, key_bias.vector
+    pairs = [len(x) for x in (rotary.frequencies, rotary.first, rotary.second)]
+    channels = torch.cat((rotary.first, rotary.second)).cpu()
+    outside = channels.numel() > 0 and not 0 <= int(channels.min()) <= int(channels.max()) < vector.shape[-1]
+    if len(set(pairs)) > 1 or outside or len(channels.unique()) < len(channels):
+        raise UnsupportedInput(
+            f"key_bias turns channels {channels.tolist()} with {pairs[0]} frequencies; allowed: two channels below "
+            f"{vector.shape[-1]} for each frequency, none of them twice."
+        )
+    if not (bool(rotary.frequencies.isfinite().all()) and bool(vector.isfinite().all())):
+        raise UnsupportedInput("key_bias holds a NaN or an infinity; allowed: finite frequencies and values.")
+    rest = torch.ones(vector.shape[-1], dtype=torch.bool).index_fill_(0, channels, 0)
+    if bool(vector[:, rest].any()):
+        raise UnsupportedInput("key_bias has values in channels that no pair turns; allowed: zeros there.")
 
 
 def check_lengths(lengths: Sequence[int], *, record_tokens: int, pages: int) -> None:

@@ -15,6 +15,7 @@ from occamkv.formats.pages import Pages
 from occamkv.formats.records import Records
 from occamkv.ops.affine import Grid
 from occamkv.ops.norms import Norm
+from occamkv.ops.rope import KeyBias
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,14 @@ class FullTokens:
         k: `[B, H, F, D]`.
         v: The same shape.
         positions: int64 `[B, F]`: position of each slot in its sequence, -1 for an empty slot.
+        logit_bias: `[Hq]`: added to the logits of all these tokens after scale and soft cap. It moves attention to
+            pinned tokens or away from them, head by head (ZeroTuning, Han et al. 2025, arXiv:2505.11739).
     """
 
     k: Tensor
     v: Tensor
     positions: Tensor
+    logit_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ class StepLayer:
         hadamard_block: K and Q are rotated in blocks of this size.
         balance: d, `[H, D]`: K is multiplied by it, Q divided.
         rotate_v: V is stored rotated.
+        key_bias: As in `attend`. The bias of a step's token is taken out of its K, which comes with it, before K
+            crosses into cache space.
     """
 
     slabs: Sequence[Pages]
@@ -123,6 +129,7 @@ class StepLayer:
     hadamard_block: int | None
     balance: Tensor | None
     rotate_v: bool
+    key_bias: KeyBias | None = None
 
 
 class Stepper(Protocol):
@@ -193,6 +200,7 @@ class Backend(Protocol):
         hadamard_block: int | None = None,
         balance: Tensor | None = None,
         rotate_output: bool = False,
+        key_bias: KeyBias | None = None,
     ) -> Tensor:
         """Attend; see `occamkv.kernels.blockwise.attend` for the contract."""
         ...

@@ -16,6 +16,7 @@ from occamkv.kernels.cpu import library
 from occamkv.kernels.cpu.encoding import decode_pages
 from occamkv.kernels.cpu.layouts import EVERYTHING, full_struct, mask_struct, packed_struct
 from occamkv.kernels.cpu.structs import readable, view_of
+from occamkv.ops.rope import KeyBias
 
 MAX_QUERIES = 8
 """Steps with more queries go through torch on dequantized blocks."""
@@ -39,6 +40,7 @@ def attend(
     hadamard_block: int | None = None,
     balance: Tensor | None = None,
     rotate_output: bool = False,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     """Attend from q to packed and full-precision tokens at once; see `occamkv.kernels.blockwise.attend`.
 
@@ -47,12 +49,20 @@ def attend(
     """
     keep: list[object] = []
     kv_heads = check_attend(
-        q, q_positions, packed, full, mask=mask, sinks=sinks, balance=balance, hadamard_block=hadamard_block
+        q,
+        q_positions,
+        packed,
+        full,
+        mask=mask,
+        sinks=sinks,
+        balance=balance,
+        hadamard_block=hadamard_block,
+        key_bias=key_bias,
     )
     batch, query_heads, queries, head_dim = q.shape
     _check_place(q)
     packed_tokens = None if packed is None else packed_struct(packed, batch, keep)
-    if q.shape[2] > MAX_QUERIES:
+    if q.shape[2] > MAX_QUERIES or key_bias is not None or any(part.logit_bias is not None for part in full):
         return blockwise.attend(
             q,
             q_positions=q_positions,
@@ -66,6 +76,7 @@ def attend(
             hadamard_block=hadamard_block,
             balance=balance,
             rotate_output=rotate_output,
+            key_bias=key_bias,
             read=decode_pages,
         )
     given = readable(q)

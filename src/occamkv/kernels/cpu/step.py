@@ -106,6 +106,6 @@ class LayerStep:
         return out.to(q.dtype)
 
 
-def stepper(layer: StepLayer) -> LayerStep:
-    """Return what runs whole decode steps of a layer."""
-    return LayerStep(layer)
+def stepper(layer: StepLayer) -> LayerStep | None:
+    """Return what runs whole decode steps of a layer; None where biases have to be added to logits."""
+    return LayerStep(layer) if layer.key_bias is None and layer.pins.logit_bias is None else None
