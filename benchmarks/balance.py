@@ -18,7 +18,8 @@ from occamkv.cli.models import load
 from occamkv.evals.fidelity import Tally, chunk_ends
 from occamkv.evals.texts import read_text, windows
 from occamkv.integrations.transformers import PackedCache
-from occamkv.integrations.transformers.statistics import model_statistics, random_ids
+from occamkv.integrations.transformers.probing import random_ids
+from occamkv.integrations.transformers.statistics import model_statistics
 from occamkv.methods import method
 
 OTHER = "The quick brown fox jumps over the lazy dog while a quiet river runs past the old mill at dusk. "

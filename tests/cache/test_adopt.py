@@ -6,6 +6,7 @@ import torch
 from cache_mirror import contents
 from occamkv import method
 from occamkv.cache import LayerCache
+from occamkv.cache.chooser import first_tokens
 from occamkv.cache.masks import Seen
 from occamkv.errors import UnsupportedInput
 from occamkv.methods.crossing import Statistics
@@ -98,6 +99,6 @@ def test_first_tokens_are_those_of_store_and_step_without_pads():
     cache = filled(k, v, (50, 110), kept)
     for row, pads in ((0, 0), (1, 37)):
         for count in (5, 40, 500):
-            got = cache.first_tokens(row, count)
+            got = first_tokens(cache, row, count)
             for new, old in zip(got, (k, v), strict=True):
                 torch.testing.assert_close(new, old[row : row + 1, :, pads:][:, :, :count], rtol=1e-5, atol=1e-5)

@@ -14,7 +14,8 @@ from integrations.steps import difference, prompt, run, words
 from occamkv import PackedCache
 from occamkv.errors import UnsupportedInput
 from occamkv.integrations.transformers.model import decoders
-from occamkv.integrations.transformers.statistics import model_statistics, random_ids
+from occamkv.integrations.transformers.probing import random_ids
+from occamkv.integrations.transformers.statistics import model_statistics
 from occamkv.methods.crossing import Statistics
 
 LLAMA = TINY["llama"]

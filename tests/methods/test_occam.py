@@ -37,6 +37,8 @@ RECIPE = Method(
     feedback=False,
     flush="rolling",
     pins="first:4",
+    window=None,
+    key_bias="remove",
     source="occamkv, after arXiv:2605.19660",
 )
 

@@ -13,7 +13,7 @@ def test_it_is_kivi_with_a_pool_of_the_five_lowest():
     ott, kivi = method("ott"), method("kivi")
     assert ott.pins == "lowest:5"
     assert dataclasses.replace(ott, name="kivi", pins="none", source=kivi.source) == kivi
-    assert (ott.lowest_pins, ott.pinned_tokens, ott.finds_pins) == (5, 0, True)
+    assert (ott.pinning.lowest, ott.pinned_tokens, ott.finds_pins) == (5, 0, True)
     assert not ott.needs_model
 
 

@@ -109,7 +109,7 @@ def packed_of(method: Method, context: int, queries: int) -> int:
     """
     packed = method.packed_tokens(context - queries)
     if packed <= 0:
-        least = PAGE_TOKENS + method.pinned_tokens + method.lowest_pins + queries
+        least = PAGE_TOKENS + method.pinned_tokens + method.pinning.lowest + queries
         raise UnsupportedInput(
             f"context {context}: {method} packs nothing of so few tokens; allowed: contexts of {least} or more."
         )

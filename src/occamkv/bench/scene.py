@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from occamkv.bench.inputs import CPU, Shape, packed_of
+from occamkv.cache.row import Row
 from occamkv.cache.stepping import Stepping
-from occamkv.cache.store import Row, Store
+from occamkv.cache.store import Store
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.pages import Pages
 from occamkv.formats.records import decode_pages, from_groups, pages_of, places, to_groups, write
@@ -116,7 +117,7 @@ def packed_scene(shape: Shape, method: Method, backend: Backend, *, context: int
         UnsupportedInput: So few tokens that nothing is packed yet.
     """
     packed = packed_of(method, context, queries)
-    pins = method.pinned_tokens + method.lowest_pins
+    pins = method.pinned_tokens + method.pinning.lowest
     drawn = random_tokens(shape, _TEMPLATE_PAGES * PAGE_TOKENS + context - packed, queries)
     crossing = method.crossing(drawn.k, statistics_of(method, shape))
     split = context - packed

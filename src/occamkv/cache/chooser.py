@@ -44,7 +44,7 @@ class Chooser:
         if cache.new == cache.length:
             self._seen = []
         row, at = _positions(cache, q.shape[2])
-        end = min(whole(SAMPLE_TOKENS, cache.method.pinned_tokens), int(at.amax()) + 1)
+        end = min(whole(SAMPLE_TOKENS, cache.method.pinning.leading), int(at.amax()) + 1)
         good = ((at >= end // 2) & (at < end)).nonzero()[:, 0]
         few = good[spread(len(good), SAMPLE_QUERIES)]
         if len(few):
@@ -58,7 +58,7 @@ class Chooser:
             UnsupportedFormat: Even the cheapest candidate takes more than the budget.
         """
         sample = self._sample(cache)
-        heads, head_dim = (int(cache.first_tokens(0, 1)[0].shape[axis]) for axis in (1, 3))
+        heads, head_dim = (int(first_tokens(cache, 0, 1)[0].shape[axis]) for axis in (1, 3))
         feedback, chosen, dial = has_feedback(cache.statistics), cache.method, self.dial
 
         def possible(found: Errors) -> list[Option]:
@@ -90,8 +90,8 @@ class Chooser:
         if not self._seen:
             return None
         row, _ = _positions(cache, 1)
-        k, v = (x[0] for x in cache.first_tokens(row, SAMPLE_TOKENS))
-        end = whole(k.shape[1], cache.method.pinned_tokens)
+        k, v = (x[0] for x in first_tokens(cache, row, SAMPLE_TOKENS))
+        end = whole(k.shape[1], cache.method.pinning.leading)
         q, at = torch.cat([q for q, _ in self._seen], dim=1), torch.cat([at for _, at in self._seen])
         good = ((at >= end // 2) & (at < end)).nonzero()[:, 0]
         few = good[spread(len(good), SAMPLE_QUERIES)]
@@ -105,3 +105,15 @@ def _positions(cache: LayerCache, new: int) -> tuple[int, Tensor]:
         return 0, torch.arange(cache.length - new, cache.length)
     row = int(real.sum(1).argmax())
     return row, (real[row].cumsum(0) - 1).masked_fill(~real[row], -1)[-new:].cpu()
+
+
+def first_tokens(cache: LayerCache, row: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return K and V of the first real tokens of a sequence, at most `count`: float32 `[1, H, n, D]`, model space.
+
+    Those of the current step are among them.
+    """
+    (k, v), step = cache.read(row), cache.step
+    if step is not None:
+        step_k, step_v = step.first_real(row, max(0, count - k.shape[2]))
+        k, v = torch.cat((k, step_k), dim=2), torch.cat((v, step_v), dim=2)
+    return k[:, :, :count], v[:, :, :count]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from occamkv.cache import masks
+from occamkv.cache import masks, pins
 from occamkv.cache.chooser import Chooser
 from occamkv.cache.heap import give_back
 from occamkv.cache.slots import Slots
@@ -19,7 +19,7 @@ from occamkv.cache.waiting import Waiting, check_same, padded
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.records import LARGEST_TOKEN, check_storable
-from occamkv.kernels import FullTokens, backend_for
+from occamkv.kernels import backend_for
 from occamkv.methods import Method
 from occamkv.methods.crossing import Crossing, Statistics
 from occamkv.methods.method import check_kv
@@ -37,6 +37,9 @@ class LayerCache:
         min_tokens: Nothing is packed below this many tokens.
         pack_after_attend: False delays packing to the next step, for engines that read one K and V several times in
             a step (layers that share their cache).
+        pin_bias: Added to the logits of pins, float32 `[Hq]`.
+
+    `step` holds the tokens of the current step.
     """
 
     def __init__(
@@ -46,15 +49,20 @@ class LayerCache:
         statistics: Statistics | None = None,
         min_tokens: int = 0,
         pack_after_attend: bool = True,
+        pin_bias: Tensor | None = None,
     ) -> None:
         self.method, self.statistics, self.min_tokens = method, statistics, min_tokens
-        self.pack_after_attend = pack_after_attend
+        self.pack_after_attend, self.pin_bias = pack_after_attend, pin_bias
+        if method.window is not None and min_tokens > method.window:
+            raise UnsupportedInput(
+                f"min_tokens is {min_tokens}; allowed: at most the window of {method.window} tokens."
+            )
         self.chooser: Chooser | None = None
         self.records_past = False
         self.dense_reads = self.packed_reads = self.lossy_crops = 0
         self.store: Store | None = None
         self._crossing: Crossing | None = None
-        self._waiting: Waiting | None = None
+        self.step: Waiting | None = None
         self._slots = Slots()
         self._stepping: Stepping | None = None
 
@@ -70,7 +78,7 @@ class LayerCache:
     @property
     def new(self) -> int:
         """Slots of the current step."""
-        return 0 if self._waiting is None else self._waiting.k.shape[2]
+        return 0 if self.step is None else self.step.k.shape[2]
 
     @property
     def batch(self) -> int:
@@ -80,22 +88,28 @@ class LayerCache:
     @property
     def waiting(self) -> tuple[Tensor, Tensor] | None:
         """K and V of a first step that nothing else has to be read with, `[B, H, T, D]` in model space; else None."""
-        return (self._waiting.k, self._waiting.v) if self._waiting is not None and not self._slots.count else None
+        return (self.step.k, self.step.v) if self.step is not None and not self._slots.count else None
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes held: `packed`, `residual` (the current step included), `pins`."""
-        held = {"packed": 0, "residual": 0, "pins": 0} if self.store is None else self.store.nbytes()
-        held["residual"] += self._slots.nbytes + (0 if self._waiting is None else self._waiting.nbytes)
+        held = self.store.nbytes() if self.store is not None else {"packed": 0, "residual": 0, "pins": 0}
+        held["residual"] += self._slots.nbytes + (0 if self.step is None else self.step.nbytes)
         return held
 
     @property
     def packing_starts(self) -> int:
         """Number of tokens at which the first group of a sequence is packed."""
-        return max(self.method.pinned_tokens + self.method.lowest_pins + PAGE_TOKENS, self.min_tokens)
+        return max(self.method.packing_starts, self.min_tokens)
 
     def packed_tokens(self) -> list[int]:
-        """Return how many tokens of each sequence are packed."""
-        return [] if self.store is None else [row.packed for row in self.store.rows]
+        """Return how many tokens of each sequence are packed and still there."""
+        return [] if self.store is None else [row.held for row in self.store.rows]
+
+    @property
+    def key_bias_pairs(self) -> int:
+        """How many pairs of channels are stored without the bias of the key projection."""
+        bias = None if self._crossing is None else self._crossing.key_bias
+        return 0 if bias is None else len(bias.rotary.frequencies)
 
     def update(self, k: Tensor, v: Tensor) -> None:
         """Take K and V of a step.
@@ -117,15 +131,16 @@ class LayerCache:
             return
         step = Waiting(k, v)
         if self._cross.bound(k, v) > LARGEST_TOKEN:  # only values near the limit need to be rotated to know
-            check_storable(*self._rotated(step), format=self.method.packed_format)
+            at = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1)
+            check_storable(*self._rotate(k, v, at), format=self.method.packed_format)
         self.commit()
         if self.store is None:
             self.store = self._new_store(k)
-        self._waiting = step
+        self.step = step
 
     def _new_store(self, k: Tensor) -> Store:
         """Return an empty store for tokens like `k`, `[B, H, T, D]`."""
-        return Store(
+        store = Store(
             self.method,
             backend_for(self.method.packed_format, k.device, k.shape[3]).name,
             shape=(k.shape[0], k.shape[1], k.shape[3]),
@@ -134,6 +149,9 @@ class LayerCache:
             min_tokens=self.min_tokens,
             feedback=self._cross.feedback,
         )
+        if self.method.window is not None and self.method.pins != "none":
+            store.move = self._cross.mover(self.statistics)
+        return store
 
     def attend(
         self,
@@ -166,11 +184,11 @@ class LayerCache:
         out = self._step(q, seen, sinks, scale=scale, window=window, softcap=softcap)
         if out is not None:
             return out
-        full = store.full_tokens()
+        full = store.full_tokens(pin_bias=self.pin_bias)
         at = self._query_positions(q)
-        if self._waiting is not None:
-            k, v = self._rotated(self._waiting)
-            full.append(FullTokens(k, v, self._query_positions(k)))
+        if self.step is not None:
+            k, v = self._rotated(self.step)
+            full += pins.step_tokens(k, v, self._query_positions(k), self.method.pinning, bias=self.pin_bias)
         out = store.backend.attend(
             q,
             q_positions=at,
@@ -184,6 +202,7 @@ class LayerCache:
             hadamard_block=self._cross.k_block,
             balance=self._cross.k_vector,
             rotate_output=self._cross.v_block is not None,
+            key_bias=self._cross.key_bias,
         )
         self.packed_reads += 1
         self.settle()
@@ -191,22 +210,22 @@ class LayerCache:
 
     def _step(self, q: Tensor, seen: masks.Seen | None, sinks: Tensor | None, **options: object) -> Tensor | None:
         """Attend and settle in one call of the backend; None if this is not a plain step of one token each."""
-        step, masked = self._waiting, seen is not None and seen.mask is not None
+        step, masked = self.step, seen is not None and seen.mask is not None
         waits = self.records_past or not self.pack_after_attend or self.chooser is not None
         if step is None or step.kept is not None or masked or waits or (q.shape[2], self.new) != (1, 1):
             return None
-        self._stepping = self._stepping or Stepping(self._store(), self._cross)
+        self._stepping = self._stepping or Stepping(self._store(), self._cross, pin_bias=self.pin_bias)
         out = self._stepping.run(q, step.k, step.v, sinks=sinks, **options)
         if out is not None:
-            self._waiting = None
+            self.step = None
             self._slots.append(1, None)
             self.packed_reads += 1
         return out
 
     def note(self, seen: masks.Seen | None) -> None:
         """Remember which tokens of the current step are real."""
-        if seen is not None and self._waiting is not None:
-            self._waiting.kept = seen.kept
+        if seen is not None and self.step is not None:
+            self.step.kept = seen.kept
 
     def note_pads(self, real: Tensor) -> None:
         """Remember which tokens of the current step are real, bool `[B, T]`.
@@ -227,7 +246,7 @@ class LayerCache:
 
         A short step of several tokens waits for the next one, since speculative decoding may take it back.
         """
-        if self._waiting is None or not self.pack_after_attend:
+        if self.step is None or not self.pack_after_attend:
             return
         speculative = 1 < self.new < PAGE_TOKENS or (self.records_past and self.new < _LONG_STEP)
         if not speculative:
@@ -235,19 +254,18 @@ class LayerCache:
 
     def commit(self) -> None:
         """Append the tokens of the last step to the store; pack what is due."""
-        if self._waiting is None:
+        if self.step is None:
             return
-        new = self._waiting.counts()
+        new = self.step.counts()
         if self.chooser is not None and any(self._store().due_after(new)):
             self.adopt(self.chooser.choose(self))
-        step, self._waiting, self._stepping = self._waiting, None, None
-        store = self._store()
+        at, store = self._query_positions(self.step.k), self._store()
+        step, self.step, self._stepping = self.step, None, None
         store.reserve(new)
         try:
-            for part in step.slices(_SLICE_VALUES):
+            for part in step.slices(_SLICE_VALUES if self.method.window is None else 0):
                 kept = None if step.kept is None else step.kept[:, part]
-                whole = step.rotated is not None
-                k, v = self._rotated(step) if whole else self._rotate(step.k[:, :, part], step.v[:, :, part])
+                k, v = step.rotated or self._rotate(step.k[:, :, part], step.v[:, :, part], at[:, part])
                 store.append(k, v, kept=kept)
         except UnsupportedInput:
             store.pool.drop_free_slabs()
@@ -268,49 +286,39 @@ class LayerCache:
                 f"{max(self.packed_tokens())} tokens are packed with {self.method}. Take a new cache, or reset()."
             )
         self.chooser = None
-        statistics = self.statistics if method.needs_model else None
+        statistics = None if self.statistics is None else self.statistics.used_by(method)
         if self.store is None:
             self.method, self.statistics = method, statistics
             return
         self._stepping = None
         old, crossing = self.store.residual_k, method.crossing(self.store.residual_k, statistics)
-        rows = [crossing.enter(*self._read(row)) for row in range(self.batch)]
+        rows = [crossing.enter(k, v, pins.count(k)) for k, v in map(self.read, range(self.batch))]
         self.method, self.statistics, self._crossing = method, statistics, crossing
         self.store = self._new_store(old)
         k, v, kept = padded(rows)
         self.store.append(k.to(old), v.to(old), kept=kept)
-        if self._waiting is not None:
-            self._waiting.rotated = None
+        if self.step is not None:
+            self.step.rotated = None
 
-    def first_tokens(self, row: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return K and V of the first real tokens of a sequence, at most `count`: float32 `[1, H, n, D]`, model space.
-
-        Those of the current step are among them.
-        """
-        k, v = self._read(row)
-        if self._waiting is not None:
-            step_k, step_v = self._waiting.first_real(row, max(0, count - k.shape[2]))
-            k, v = torch.cat((k, step_k), dim=2), torch.cat((v, step_v), dim=2)
-        return k[:, :, :count], v[:, :, :count]
-
-    def _read(self, row: int) -> tuple[Tensor, Tensor]:
+    def read(self, row: int) -> tuple[Tensor, Tensor]:
         """Return K and V of the tokens that the store holds of a sequence, float32 `[1, H, n, D]` in model space."""
-        return self._cross.leave(*(x[None] for x in self._store().read(row)))
+        k, v = (x[None] for x in self._store().read(row))
+        return self._cross.leave(k, v, pins.count(k))
 
     def forget_step(self) -> None:
         """Drop the tokens of the current step, after an error."""
-        self._waiting = None
+        self.step = None
 
     def _rotated(self, step: Waiting) -> tuple[Tensor, Tensor]:
         """Return the step's K and V in cache space, in the model's dtype."""
-        made = step.rotated or self._rotate(step.k, step.v)
+        made = step.rotated or self._rotate(step.k, step.v, self._query_positions(step.k))
         if step.k.shape[2] < PAGE_TOKENS:
             step.rotated = made
         return made
 
-    def _rotate(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        rotated = self._cross.enter(k, v)
-        return rotated[0].to(k.dtype), rotated[1].to(v.dtype)
+    def _rotate(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        inside_k, inside_v = self._cross.enter(k, v, at)
+        return inside_k.to(k.dtype), inside_v.to(v.dtype)
 
     def _query_positions(self, q: Tensor) -> Tensor:
         real = self.real_slots()
@@ -320,7 +328,7 @@ class LayerCache:
 
     def real_slots(self) -> Tensor | None:
         """Return which slots hold real tokens, bool `[B, S]`, or None when all do (or nothing is known of them yet)."""
-        kept = None if self._waiting is None else self._waiting.kept
+        kept = None if self.step is None else self.step.kept
         return self._slots.with_step(self.new, kept, like=self._store().residual_k)
 
     def slots_before(self, new: int) -> Tensor | None:
@@ -333,16 +341,10 @@ class LayerCache:
         self.dense_reads += 1
         if self.waiting is not None:
             return self.waiting
-        template, slots = self._store().residual_k, self._slots
-        k = template.new_zeros(*template.shape[:2], slots.count, template.shape[3])
-        v, real = torch.zeros_like(k), None if slots.kept is None else slots.real(slots.count, like=template)
-        for row in range(self.batch):
-            row_k, row_v = (x[0].to(k.dtype) for x in self._read(row))
-            at = slice(None) if real is None else real[row].nonzero()[:, 0]
-            k[row][:, at], v[row][:, at] = row_k, row_v
-        if self._waiting is None:
+        k, v = self._slots.spread([self.read(row) for row in range(self.batch)], like=self._store().residual_k)
+        if self.step is None:
             return k, v
-        return torch.cat((k, self._waiting.k), dim=2), torch.cat((v, self._waiting.v), dim=2)
+        return torch.cat((k, self.step.k), dim=2), torch.cat((v, self.step.v), dim=2)
 
     def select(self, rows: Sequence[int]) -> None:
         """Make sequence i what sequence `rows[i]` was (beam search, several return sequences).
@@ -361,8 +363,8 @@ class LayerCache:
         self.store.select(chosen)
         self._slots.select(index)
         self._stepping = None
-        if self._waiting is not None:
-            self._waiting = self._waiting.select(index)
+        if self.step is not None:
+            self.step = self.step.select(index)
 
     def remove(self, count: int) -> None:
         """Forget the newest `count` slots. Below the residual whole groups are freed and the cut one is decoded.
@@ -372,19 +374,17 @@ class LayerCache:
         """
         if not 0 <= count <= self.length:
             raise UnsupportedInput(f"cannot remove {count} tokens; allowed: 0 to the {self.length} held.")
-        if self._waiting is not None and count:
-            taken = min(count, self.new)
-            self._waiting = self._waiting.without_newest(taken)
-            count -= taken
-        if not count:
-            return
-        counts = self._slots.remove(count, self.batch)
-        self._stepping = None
-        self.lossy_crops += self._store().remove(counts)
+        taken = min(count, self.new)
+        if count > taken:
+            self._stepping = None
+            self.lossy_crops += self._store().remove(self._slots.newest(count - taken, self.batch))
+            self._slots.remove(count - taken)
+        if self.step is not None and taken:
+            self.step = self.step.without_newest(taken)
 
     def reset(self) -> None:
         """Forget everything, the batch size included."""
-        self.store = self._waiting = self._stepping = None
+        self.store = self.step = self._stepping = None
         self._slots, self.records_past = Slots(), False
         self.dense_reads = self.packed_reads = self.lossy_crops = 0
 

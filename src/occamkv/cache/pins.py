@@ -14,6 +14,7 @@ from torch import Tensor
 from occamkv.formats import PAGE_TOKENS
 from occamkv.kernels import FullTokens
 from occamkv.methods import Method
+from occamkv.methods.pinning import Pinning
 from occamkv.ops.outliers import lowest, outliers
 
 _FREE_PINS = 4
@@ -47,8 +48,8 @@ def route(method: Method, k: Tensor, v: Tensor, *, judged: int, pinned: int, bef
     """
     waiting = k.shape[1]
     step = method.flush_tokens
-    if method.lowest_pins:
-        found = lowest(k[:, :PAGE_TOKENS], method.lowest_pins) if not pinned and waiting >= PAGE_TOKENS else []
+    if method.pinning.lowest:
+        found = lowest(k[:, :PAGE_TOKENS], method.pinning.lowest) if not pinned and waiting >= PAGE_TOKENS else []
         left = waiting - len(found)
         return Routing(found, ((left - PAGE_TOKENS) // step + 1) * step if left >= PAGE_TOKENS else 0, 0)
     at, staged, due, found = judged, judged, 0, list[int]()
@@ -64,6 +65,14 @@ def route(method: Method, k: Tensor, v: Tensor, *, judged: int, pinned: int, bef
         if staged >= step:
             due, staged = due + step, staged - step
     return Routing(found, due, staged)
+
+
+def split(x: Tensor, taken: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Part tokens `[B, H, T, D]` into those with the numbers `taken`, ascending, and the others."""
+    if not taken or taken[-1] == len(taken) - 1:
+        return x[:, :, : len(taken)], x[:, :, len(taken) :]
+    rest = sorted(set(range(x.shape[2])).difference(taken))
+    return x[:, :, list(taken)], x[:, :, rest]
 
 
 def skips(pins: Sequence[int]) -> list[int]:
@@ -84,6 +93,34 @@ def skip_table(pins: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     longest = max((len(row) for row in pins), default=0)
     rows = [skips(row) + [_BEHIND] * (longest - len(row)) for row in pins]
     return torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(pins), longest)
+
+
+def count(x: Tensor) -> Tensor:
+    """Return the positions 0, 1, ... of tokens `[1, H, n, D]`, int64 `[1, n]`."""
+    return torch.arange(x.shape[2], device=x.device)[None]
+
+
+def standing(pins: Sequence[int], first: int) -> list[int]:
+    """Return where the pins of a sequence stand when all its other tokens from position `first` on are kept.
+
+    Those that lie further back move up and stand, in order, just before that token.
+    """
+    passed = sum(position < first for position in pins)
+    return [max(position, first - passed + index) for index, position in enumerate(pins)]
+
+
+def step_tokens(k: Tensor, v: Tensor, at: Tensor, pinning: Pinning, *, bias: Tensor | None) -> list[FullTokens]:
+    """Describe the tokens of a step to a backend: K and V `[B, H, T, D]` at positions `at`, int64 `[B, T]`.
+
+    With a logit bias those that will be pinned because of their place are a part of their own.
+    """
+    pinned = torch.isin(at, torch.tensor(pinning.positions, dtype=at.dtype, device=at.device))
+    if bias is None or not bool(pinned.any()):
+        return [FullTokens(k, v, at)]
+    return [
+        FullTokens(k, v, at.masked_fill(pinned, -1)),
+        FullTokens(k, v, at.masked_fill(~pinned, -1), logit_bias=bias),
+    ]
 
 
 def pinned_tokens(k: Tensor, v: Tensor, pins: Sequence[Sequence[int]]) -> FullTokens:

@@ -17,7 +17,8 @@ class LayerReport:
     `tokens` counts slots of a sequence, pads included; `packed_tokens` the packed tokens of all,
     `found_pins` those kept in full precision because of their norms, which `bits_per_value` counts. `reads_packed` and
     `reads_dense` count attention calls on packed bytes and calls that had to dequantize everything. `packing_starts` is
-    the number of tokens at which the first group is packed.
+    the number of tokens at which the first group is packed. `dropped_tokens` of all sequences have left the window;
+    `key_bias_pairs` pairs of channels are stored without the bias of the key projection.
     """
 
     index: int
@@ -36,6 +37,8 @@ class LayerReport:
     reads_dense: int = 0
     lossy_crops: int = 0
     packing_starts: int = PAGE_TOKENS
+    dropped_tokens: int = 0
+    key_bias_pairs: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +119,8 @@ def _runs(layers: tuple[LayerReport, ...]) -> list[list[LayerReport]]:
 
 def _kind(layer: LayerReport) -> tuple[object, ...]:
     reads = (bool(layer.reads_packed), bool(layer.reads_dense))
-    return (layer.method, layer.reason, layer.backend, layer.bits_per_value, layer.tokens, reads)
+    what = (layer.method, layer.reason, layer.backend, layer.bits_per_value, layer.tokens, layer.dropped_tokens)
+    return (*what, layer.key_bias_pairs, reads)
 
 
 def _line(run: list[LayerReport]) -> str:
@@ -131,7 +135,9 @@ def _line(run: list[LayerReport]) -> str:
         dense = ", read dequantized: this model uses K and V outside the attention function"
     elif first.reads_dense:
         dense = f", {sum(layer.reads_dense for layer in run)} reads dequantized"
-    return f"{name}: {first.method},{bits} {first.tokens} tokens, {size}, backend {first.backend}{dense}"
+    gone = f" ({first.dropped_tokens} dropped)" if first.dropped_tokens else ""
+    bias = f", key bias taken out of {first.key_bias_pairs} pairs of channels" if first.key_bias_pairs else ""
+    return f"{name}: {first.method},{bits} {first.tokens} tokens{gone}, {size}, backend {first.backend}{bias}{dense}"
 
 
 def _mib(nbytes: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,18 @@ class Slots:
             real[:, :noted] = self.kept[:, :noted]
         return real
 
+    def spread(self, rows: Sequence[tuple[Tensor, Tensor]], *, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Put K and V of each sequence, `[1, H, n, D]`, at its real slots: `[B, H, S, D]`; dtype and device of `like`.
+
+        Pads are zeros.
+        """
+        k = like.new_zeros(*like.shape[:2], self.count, like.shape[3])
+        v, real = torch.zeros_like(k), None if self.kept is None else self.real(self.count, like=like)
+        for row, (row_k, row_v) in enumerate(rows):
+            at = slice(None) if real is None else real[row].nonzero()[:, 0]
+            k[row][:, at], v[row][:, at] = row_k[0].to(k.dtype), row_v[0].to(k.dtype)
+        return k, v
+
     def with_step(self, new: int, kept: Tensor | None, *, like: Tensor) -> Tensor | None:
         """Return what `real` would be with `new` slots more, of which `kept` are real; None when all slots are."""
         if kept is not None:
@@ -46,11 +60,14 @@ class Slots:
         """Make sequence i what sequence `index[i]` was, int64 `[n]`."""
         self.kept = None if self.kept is None else self.kept[index]
 
-    def remove(self, new: int, batch: int) -> list[int]:
-        """Forget the newest `new` slots; return how many real tokens of each of `batch` sequences were in them."""
-        self.count -= new
+    def newest(self, new: int, batch: int) -> list[int]:
+        """Return how many real tokens of each of `batch` sequences are in the newest `new` slots."""
         if self.kept is None:
             return [new] * batch
-        counts = self.real(self.count + new, like=self.kept)[:, self.count :].sum(1).tolist()
-        self.kept = self.kept[:, : self.count]
+        counts = self.real(self.count, like=self.kept)[:, self.count - new :].sum(1).tolist()
         return [int(count) for count in counts]
+
+    def remove(self, new: int) -> None:
+        """Forget the newest `new` slots."""
+        self.count -= new
+        self.kept = None if self.kept is None else self.kept[:, : self.count]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from occamkv.cache.pins import pinned_tokens
 from occamkv.cache.store import Store
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.records import pages_of
@@ -23,10 +23,11 @@ class Stepping:
     Args:
         store: The layer's tokens.
         crossing: How they cross into cache space.
+        pin_bias: Added to the logits of pins, `[Hq]`.
     """
 
-    def __init__(self, store: Store, crossing: Crossing) -> None:
-        self._store, self._crossing = store, crossing
+    def __init__(self, store: Store, crossing: Crossing, *, pin_bias: Tensor | None = None) -> None:
+        self._store, self._crossing, self._pin_bias = store, crossing, pin_bias
         self._stepper: Stepper | None = None
 
     def _fits(self, q: Tensor, sinks: Tensor | None) -> bool:
@@ -43,11 +44,14 @@ class Stepping:
         if q.dtype not in _DTYPES or self._crossing.v_signs is not None or method.norm != "l2":
             return None
         room = store.residual_k.shape[2]
-        if any(row.tokens < method.pinned_tokens or row.residual + 1 > room for row in rows):
-            return None
+        for row in rows:
+            pinned = method.pinning.among(row.tokens, row.tokens + 1)
+            if pinned or row.residual + 1 > room or row.dropped % room:
+                return None
         due = store.due_after([1] * len(rows))
         shrinks = room != store.ring_slots  # it was made larger to wait for min_tokens
-        return None if any(due) and (method.finds_pins or shrinks) else due
+        slides = any(method.dropped_tokens(row.packed + n) > row.dropped for row, n in zip(rows, due, strict=True))
+        return None if any(due) and (method.finds_pins or shrinks or slides) else due
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **options: object) -> Tensor | None:
         """Take one token of every sequence; None if this step needs the long way, and nothing has changed.
@@ -77,7 +81,7 @@ class Stepping:
         """Make sure that each sequence owns the pages that its due tokens go to; tell whether any was new."""
         pool, changed = self._store.pool, False
         for row, count in zip(self._store.rows, due, strict=True):
-            missing = pages_of(row.packed + count) - len(row.pages)
+            missing = pages_of(row.held + count) - len(row.pages)
             if count and row.packed % PAGE_TOKENS and pool.shared(row.pages[-1]):
                 row.pages[-1], changed = pool.duplicate(row.pages[-1]), True
             if missing > 0:
@@ -92,17 +96,18 @@ class Stepping:
             slabs=store.pool.slabs,
             starts=store.pool.starts,
             tables=[row.pages for row in rows],
-            first_position=[store.leading(row) for row in rows],
+            first_position=[store.first_number(row) for row in rows],
             skips=store.skips(),
-            packed=[row.packed for row in rows],
+            packed=[row.held for row in rows],
             residual=[row.residual for row in rows],
             ring=(store.residual_k, store.residual_v),
-            pins=pinned_tokens(store.pin_k, store.pin_v, [row.pins for row in rows]),
+            pins=replace(store.pinned(), logit_bias=self._pin_bias),
             format=store.format,
             grid=method.grid,
             clip=method.clip,
             feedback=store.feedback,
             hadamard_block=crossing.k_block,
             balance=crossing.k_vector,
+            key_bias=crossing.key_bias,
             rotate_v=crossing.v_block is not None,
         )

@@ -5,8 +5,8 @@ as N batches of 1. A sequence's real tokens (pads are none) are numbered from 0;
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from occamkv import kernels
 from occamkv.cache import pins
 from occamkv.cache.pool import PagePool
+from occamkv.cache.row import Change, Row
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.records import Records, decode_pages, from_groups, pages_of, to_groups
@@ -22,52 +23,6 @@ from occamkv.kernels.contract import positions_of
 from occamkv.methods import Method
 
 _PIN_SLOTS = 8  # room for found pins grows by so many
-
-
-@dataclass
-class Row:
-    """Counters of one sequence: positions of its pins, tokens in pages, tokens in the residual ring, and its pages.
-
-    Tokens that are not pinned form the *stream*: first the packed ones, then the residual. The oldest `staged` tokens
-    of the residual were judged and found fit to be packed (methods that find pins).
-    """
-
-    pins: list[int] = field(default_factory=list)
-    packed: int = 0
-    residual: int = 0
-    staged: int = 0
-    pages: list[int] = field(default_factory=list)
-
-    @property
-    def pinned(self) -> int:
-        """How many tokens are pinned."""
-        return len(self.pins)
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens held."""
-        return self.pinned + self.packed + self.residual
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """What decides where the next token goes."""
-        return self.pinned, self.packed, self.residual
-
-
-@dataclass(frozen=True)
-class _Change:
-    """An append that was worked out but not yet written: nothing of it can fail any more."""
-
-    rows: range
-    pins: list[int]
-    pin_k: Tensor
-    pin_v: Tensor
-    records: Records | None
-    rest_k: Tensor
-    rest_v: Tensor
-    rest_replaces: bool
-    residual: int
-    staged: int
 
 
 class Store:
@@ -81,6 +36,9 @@ class Store:
         device: Where all tensors live.
         min_tokens: Nothing of a sequence is packed before it holds this many tokens.
         feedback: F, `[H, D, D]`, for methods with error feedback.
+
+    `move(k, old, new)` takes K of pins, `[B, H, P, D]`, from positions `old` to `new`, int64 `[B, P]`; a method with a
+    window needs it.
     """
 
     def __init__(
@@ -97,12 +55,13 @@ class Store:
         batch, heads, head_dim = shape
         self.method, self.backend_name, self.min_tokens = method, backend, min_tokens
         self.feedback = feedback
+        self.move: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self._moved: tuple[list[list[int]], Tensor] | None = None
         self.format = method.packed_format
         self.rows = [Row() for _ in range(batch)]
         self.pool = PagePool(format=self.format, kv_heads=heads, head_dim=head_dim, device=device)
-        self.ring_slots = method.residual_tokens
-        pin_slots = method.pinned_tokens + method.lowest_pins
-        ring, pinned = ((batch, heads, tokens, head_dim) for tokens in (self.ring_slots, pin_slots))
+        self.pinning, self.ring_slots = method.pinning, method.residual_tokens
+        ring, pinned = ((batch, heads, tokens, head_dim) for tokens in (self.ring_slots, method.pin_slots))
         self.residual_k, self.residual_v = (torch.zeros(ring, dtype=dtype, device=device) for _ in range(2))
         self.pin_k, self.pin_v = (torch.zeros(pinned, dtype=dtype, device=device) for _ in range(2))
 
@@ -144,36 +103,37 @@ class Store:
         """Return how many tokens of each sequence are due with `new[b]` more of them, if none is found to be pinned."""
         due = []
         for row, count in zip(self.rows, new, strict=True):
-            leaving = min(count, self._first_pins(row)) + (0 if row.pins else self.method.lowest_pins)
+            leaving = len(self._pinned_next(row, count)) + (0 if row.pins else self.pinning.lowest)
             due.append(self._due(row, row.residual + count - leaving))
         return due
 
     def reserve(self, new: Sequence[int]) -> None:
         """Allocate at once the pages that `new[b]` more tokens of each sequence will fill."""
+        if self.method.window is not None:
+            return  # pages that leave the window make room
         due = zip(self.rows, self.due_after(new), strict=True)
         self.pool.reserve(sum(pages_of(row.packed + count) - len(row.pages) for row, count in due))
 
     def _cuts(self, kept: Tensor | None) -> Iterator[tuple[range, Tensor | None]]:
         """Yield rows that can be handled together, and which of the new tokens are theirs (None: all)."""
-        alike = len({row.counts for row in self.rows}) == 1 and not (self.method.finds_pins and len(self.rows) > 1)
+        alike = len({row.counts for row in self.rows}) == 1 and not (self.pinning.finds and len(self.rows) > 1)
         if kept is None and alike:
             yield range(len(self.rows)), None
             return
         for index in range(len(self.rows)):
             yield range(index, index + 1), None if kept is None else kept[index].nonzero()[:, 0]
 
-    def _prepare(self, rows: range, k: Tensor, v: Tensor) -> _Change:
+    def _prepare(self, rows: range, k: Tensor, v: Tensor) -> Change:
         row = self.rows[rows.start]
-        first = min(self._first_pins(row), k.shape[2])
-        pinned, pin_k, pin_v = list(range(row.tokens, row.tokens + first)), k[:, :, :first], v[:, :, :first]
-        k, v = k[:, :, first:], v[:, :, first:]
+        pinned = self._pinned_next(row, k.shape[2])
+        (pin_k, k), (pin_v, v) = (pins.split(x, [position - row.tokens for position in pinned]) for x in (k, v))
         residual, staged, records = row.residual + k.shape[2], row.staged, None
         due = self._due(row, residual)
         replaces = bool(due or residual > self.residual_k.shape[2])
         if replaces:
             old_k, old_v = self._ring(rows)
             k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
-            if due and self.method.finds_pins:
+            if due and self.pinning.finds:
                 before = row.pins + pinned
                 found, due, staged = pins.route(
                     self.method,
@@ -184,21 +144,20 @@ class Store:
                     before=row.packed + self._found(before),
                 )
                 pinned += [pins.position(row.packed + index, before) for index in found]
-                pin_k, pin_v = (torch.cat((p, x[:, :, found]), dim=2) for p, x in ((pin_k, k), (pin_v, v)))
-                left = [index for index in range(k.shape[2]) if index not in set(found)] if found else slice(None)
-                k, v = k[:, :, left], v[:, :, left]
+                (found_k, k), (found_v, v) = (pins.split(x, found) for x in (k, v))
+                pin_k, pin_v = torch.cat((pin_k, found_k), dim=2), torch.cat((pin_v, found_v), dim=2)
             records = self._encode(k[:, :, :due], v[:, :, :due]) if due else None
             k, v = k[:, :, due:], v[:, :, due:]
             residual = k.shape[2]
-        return _Change(rows, pinned, pin_k, pin_v, records, k, v, replaces, residual, staged)
+        return Change(rows, pinned, pin_k, pin_v, records, k, v, replaces, residual, staged)
 
-    def _first_pins(self, row: Row) -> int:
-        """Return how many of a sequence's next tokens are pinned because they are its first."""
-        return max(0, self.method.pinned_tokens - row.tokens)
+    def _pinned_next(self, row: Row, new: int) -> list[int]:
+        """Return the positions among a sequence's next `new` tokens that are pinned because of their place."""
+        return list(self.pinning.among(row.tokens, row.tokens + new))
 
     def _found(self, pinned: Sequence[int]) -> int:
         """Return how many of these pins were found by their norms."""
-        return max(0, len(pinned) - self.method.pinned_tokens)
+        return len(set(pinned).difference(self.pinning.positions))
 
     def _due(self, row: Row, waiting: int) -> int:
         """Return how many of the `waiting` oldest unpacked tokens must be packed now, if none of them is pinned."""
@@ -217,7 +176,7 @@ class Store:
             *groups, format=self.format, grid=method.grid, clip=method.clip, norm=method.norm, feedback=self.feedback
         )
 
-    def _apply(self, change: _Change) -> None:
+    def _apply(self, change: Change) -> None:
         rows, row = change.rows, self.rows[change.rows.start]
         span = slice(rows.start, rows.stop)
         slots = slice(row.pinned, row.pinned + len(change.pins))
@@ -241,21 +200,31 @@ class Store:
         groups = records.data.shape[0] // len(rows)
         pages, slots = [], []
         for index in rows:
+            self._drop(self.rows[index], done + groups * tokens)
             own = self.rows[index].pages
             if done % PAGE_TOKENS and self.pool.shared(own[-1]):
                 own[-1] = self.pool.duplicate(own[-1])
-        wanted = pages_of(done + groups * tokens)
+        dropped = self.rows[rows.start].dropped
+        wanted = pages_of(done + groups * tokens - dropped)
         fresh = self.pool.allocate(sum(wanted - len(self.rows[index].pages) for index in rows))
         for index in rows:
             own = self.rows[index].pages
             missing = wanted - len(own)
             own += fresh[:missing]
             fresh = fresh[missing:]
-            for group in range(done // tokens, done // tokens + groups):
+            for group in range((done - dropped) // tokens, (done - dropped) // tokens + groups):
                 pages.append(own[group // per_page])
                 slots.append(group % per_page)
         self.pool.write(records, pages=pages, slots=slots)
         return done + groups * tokens
+
+    def _drop(self, row: Row, packed: int) -> None:
+        """Give back the pages that are behind the window once `packed` tokens are packed."""
+        behind = min(self.method.dropped_tokens(packed), row.packed // PAGE_TOKENS * PAGE_TOKENS) - row.dropped
+        if behind > 0:
+            freed, row.pages = row.pages[: behind // PAGE_TOKENS], row.pages[behind // PAGE_TOKENS :]
+            row.dropped += behind
+            self.pool.release(freed)
 
     def _ring(self, rows: range) -> tuple[Tensor, Tensor]:
         """Copy out the residual of rows with equal counts, oldest token first."""
@@ -265,7 +234,7 @@ class Store:
         span = slice(rows.start, rows.stop)
         return self.residual_k[span, :, slots], self.residual_v[span, :, slots]
 
-    def _resize(self, changes: Sequence[_Change]) -> None:
+    def _resize(self, changes: Sequence[Change]) -> None:
         """Give the ring as many slots as the fullest sequence will need; always the least but for `min_tokens`."""
         most = max(change.residual for change in changes)
         wanted = self.ring_slots if most <= self.ring_slots else PAGE_TOKENS * pages_of(most)
@@ -286,13 +255,13 @@ class Store:
 
     def packed_tokens(self) -> PackedTokens | None:
         """Describe the packed tokens to a backend; None when there are none."""
-        if not any(row.packed for row in self.rows):
+        if not any(row.held for row in self.rows):
             return None
         longest = max(len(row.pages) for row in self.rows)
         table = [row.pages + [self.pool.starts[0]] * (longest - len(row.pages)) for row in self.rows]
         lengths, first, numbers = (
             torch.tensor(values, dtype=torch.int64, device=self.pool.device)
-            for values in ([row.packed for row in self.rows], [self.leading(row) for row in self.rows], table)
+            for values in ([row.held for row in self.rows], [self.first_number(row) for row in self.rows], table)
         )
         return PackedTokens(
             slabs=self.pool.slabs,
@@ -303,21 +272,36 @@ class Store:
             skips=self.skips(),
         )
 
-    def leading(self, row: Row) -> int:
-        """Return how many pins lie before all stream tokens; of methods that find pins `skips` tells it."""
-        return 0 if self.method.finds_pins else row.pinned
+    def first_number(self, row: Row) -> int:
+        """Return the position of the first packed token that is held, pins in between left out: `skips` tells them."""
+        return row.dropped + self._leading(row)
+
+    def _leading(self, row: Row) -> int:
+        """Return how many pins lie before all stream tokens; where they may lie between, `skips` tells it."""
+        return 0 if self.pinning.scatters else row.pinned
 
     def skips(self) -> Tensor | None:
         """Return the table of `pins.skip_table`, or None for methods that pin nothing but first tokens."""
-        return pins.skip_table([row.pins for row in self.rows], self.pool.device) if self.method.finds_pins else None
+        return pins.skip_table([row.pins for row in self.rows], self.pool.device) if self.pinning.scatters else None
 
-    def full_tokens(self) -> list[FullTokens]:
-        """Describe pins and residual to a backend."""
+    def pinned(self) -> FullTokens:
+        """Describe the pins to a backend; behind a window they stand just before it."""
+        old = [row.pins for row in self.rows]
+        if not any(row.dropped for row in self.rows) or self.move is None:
+            return pins.pinned_tokens(self.pin_k, self.pin_v, old)
+        new = [pins.standing(row.pins, pins.position(row.dropped, row.pins)) for row in self.rows]
+        if self._moved is None or self._moved[0] != new:
+            at = (pins.pinned_tokens(self.pin_k, self.pin_v, where).positions for where in (old, new))
+            self._moved = new, self.move(self.pin_k, *at)
+        return pins.pinned_tokens(self._moved[1], self.pin_v, new)
+
+    def full_tokens(self, *, pin_bias: Tensor | None = None) -> list[FullTokens]:
+        """Describe pins and residual to a backend; `pin_bias`, `[Hq]`, is added to the logits of pins."""
         device, parts = self.pool.device, []
         if any(row.pins for row in self.rows):
-            parts.append(pins.pinned_tokens(self.pin_k, self.pin_v, [row.pins for row in self.rows]))
+            parts.append(replace(self.pinned(), logit_bias=pin_bias))
         if any(row.residual for row in self.rows):
-            counts = [(self.leading(row), row.packed, row.residual) for row in self.rows]
+            counts = [(self._leading(row), row.packed, row.residual) for row in self.rows]
             leading, packed, residual = torch.tensor(counts, dtype=torch.int64, device=device)[:, :, None].unbind(1)
             behind = (torch.arange(self.residual_k.shape[2], device=device) - packed) % self.residual_k.shape[2]
             numbers, skipped = behind + packed, self.skips()
@@ -326,8 +310,17 @@ class Store:
         return parts
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Return K and V of one sequence in order of position, dequantized: float32 `[H, n, D]` in cache space."""
+        """Return K and V of one sequence in order of position, dequantized: float32 `[H, n, D]` in cache space.
+
+        Raises:
+            UnsupportedInput: Tokens have left the window.
+        """
         counts = self.rows[row]
+        if counts.dropped:
+            raise UnsupportedInput(
+                f"{counts.dropped} tokens have left the window of {self.method.window} and cannot be read back. Use a "
+                "model whose attention goes through the interface, and no option that reads K and V themselves."
+            )
         k, v = [self.pin_k[row, :, : counts.pinned]], [self.pin_v[row, :, : counts.pinned]]
         packed = self.packed_tokens()
         if packed is not None and counts.packed:
@@ -336,7 +329,7 @@ class Store:
         for parts, ring in zip((k, v), self._ring(range(row, row + 1)), strict=True):
             parts.append(ring[0])
         all_k, all_v = (torch.cat([p.to(torch.float32) for p in parts], dim=1) for parts in (k, v))
-        if not self.method.finds_pins:
+        if not self.pinning.scatters:
             return all_k, all_v
         stream = set(range(counts.tokens)).difference(counts.pins)
         order = torch.tensor([*counts.pins, *sorted(stream)], device=all_k.device).argsort()
@@ -347,7 +340,7 @@ class Store:
         packed = self.packed_tokens()
         if packed is None:
             raise UnsupportedInput("no token is packed.")
-        k, v = decode_pages(packed.gather([row.pages[start // PAGE_TOKENS]]))
+        k, v = decode_pages(packed.gather([row.pages[(start - row.dropped) // PAGE_TOKENS]]))
         return k[0, :, start % PAGE_TOKENS :], v[0, :, start % PAGE_TOKENS :]
 
     def select(self, rows: Sequence[int]) -> None:
@@ -360,6 +353,7 @@ class Store:
         self.rows = [copy.copy(old[index]) for index in rows]
         for row in self.rows:
             row.pages, row.pins = list(row.pages), list(row.pins)
+        self._moved = None
         chosen = torch.tensor(rows, dtype=torch.int64, device=self.pool.device)
         self.residual_k, self.residual_v, self.pin_k, self.pin_v = (
             x.index_select(0, chosen) for x in (self.residual_k, self.residual_v, self.pin_k, self.pin_v)
@@ -373,8 +367,15 @@ class Store:
 
         Returns:
             True if a group had to be decoded.
+
+        Raises:
+            UnsupportedInput: What would be the newest tokens then have left the window. Nothing was changed.
         """
-        lossy = False
+        lossy, most = False, min(row.held + row.residual for row in self.rows)
+        if max(counts) > most and any(row.dropped for row in self.rows):
+            raise UnsupportedInput(
+                f"cannot remove {max(counts)} tokens; allowed: up to {most}, which the window holds."
+            )
         for index, count in enumerate(counts):
             row = self.rows[index]
             left = row.tokens - count
@@ -392,8 +393,8 @@ class Store:
                 self.residual_v[index][:, slots] = v.to(self.residual_v.dtype)
                 lossy = True
             row.packed, row.residual = packed, keep - packed
-            row.staged = row.residual if self.method.judges else 0
-            freed = row.pages[pages_of(packed) :]
-            row.pages = row.pages[: pages_of(packed)]
+            row.staged = row.residual if self.pinning.judges else 0
+            held = pages_of(packed - row.dropped)
+            freed, row.pages = row.pages[held:], row.pages[:held]
             self.pool.release(freed)
         return lossy

@@ -306,7 +306,7 @@ def _computed(cache: PackedCache, report: CacheReport) -> tuple[int, int]:
         tokens = row.tokens if row.packed_tokens else 0
         total += entry.method.nbytes(tokens, kv_heads=heads, head_dim=head_dim, dtype_bytes=size)
         if not row.packed_tokens:  # below min_tokens the residual grows by whole pages
-            waiting = max(1, row.tokens - entry.method.pinned_tokens)
+            waiting = max(1, row.tokens - entry.method.pinning.before(row.tokens))
             total += (-(-waiting // PAGE_TOKENS) - 1) * PAGE_TOKENS * 2 * heads * head_dim * size
     return total, report.full_bytes
 
@@ -325,8 +325,8 @@ def _fidelity(
     if length < 2 * PAGE_TOKENS:
         return None, f"the prompt has {length} tokens; at least {2 * PAGE_TOKENS} are needed to read packed ones", None
     plan = settings.plan
-    pins = max(entry.method.pinned_tokens for entry in plan.layers) if plan else settings.method.pinned_tokens
-    start = max(PAGE_TOKENS + pins, length - 1 - settings.scored_tokens)
+    methods = [entry.method for entry in plan.layers if entry.packs] if plan else [settings.method]
+    start = max(*(chosen.packing_starts for chosen in methods), length - 1 - settings.scored_tokens)
     task = progress.add_task("comparing with the full cache (tokens)", total=length)
     progress.start()
     fidelity, _, full_bytes = compare(

@@ -107,14 +107,13 @@ def chunk_ends(chosen: Method, *, start: int, end: int) -> list[int]:
     A step ends with the pins, and then wherever the residual reaches 128 tokens and is flushed.
     """
     step = PAGE_TOKENS if chosen.format is None else chosen.flush_tokens
-    pins, ends, at = chosen.pinned_tokens, list[int](), start
+    pinning, ends, at = chosen.pinning, list[int](), start
     while at < end:
-        stream = at - pins
-        if chosen.lowest_pins and stream >= PAGE_TOKENS:
-            stream -= chosen.lowest_pins  # they have left the stream by then
-        following = pins if stream < 0 else at + step - stream % step
-        ends.append(min(following, end))
-        at = following
+        number = stream = at - pinning.before(at)
+        if pinning.lowest and stream >= PAGE_TOKENS:
+            stream -= pinning.lowest  # they have left the stream by then
+        at = pinning.leading if at < pinning.leading else pinning.place_of(number + step - stream % step)
+        ends.append(min(at, end))
     return ends
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +13,10 @@ from torch import Tensor
 from occamkv.errors import CacheMismatch, UnsupportedInput
 from occamkv.ops import rotate, rotate_back
 from occamkv.ops.balance import feedback_matrix
+from occamkv.ops.rope import KeyBias, Rotary
+
+if TYPE_CHECKING:
+    from occamkv.methods.method import Method
 
 FEEDBACK_DAMPING = 0.2
 """Of the mean diagonal of the second moment; between .05 and 1 it hardly matters."""
@@ -20,13 +26,16 @@ _SIGN_SEED = 0x6F6363616D6B76  # any number: stored bytes depend on it, so it ne
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a model's own queries and keys say about one layer, see `ops.balance`.
+    """What a model says about one layer: its own queries and keys (see `ops.balance`), and how it embeds positions.
 
-    `balance` is d, float32 `[H, D]`; `moment` is E[q q^T], float32 `[H, D, D]`, for error feedback.
+    `balance` is d, float32 `[H, D]`; `moment` is E[q q^T], float32 `[H, D, D]`, for error feedback; `key_bias` is what
+    all keys have in common, where it is worth taking out; `rotary` turns keys to other positions. None: not known.
     """
 
-    balance: Tensor
+    balance: Tensor | None = None
     moment: Tensor | None = None
+    key_bias: KeyBias | None = None
+    rotary: Rotary | None = None
     _feedback: dict[tuple[int | None, bool, torch.device], Tensor] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -37,11 +46,15 @@ class Statistics:
             return None
         key = (hadamard_block, balanced, device)
         if key not in self._feedback:
-            vector = self.balance.to(device) if balanced else None
+            vector = self.balance.to(device) if balanced and self.balance is not None else None
             self._feedback[key] = feedback_matrix(
                 self.moment.to(device), hadamard_block=hadamard_block, balance=vector, damping=FEEDBACK_DAMPING
             )
         return self._feedback[key]
+
+    def used_by(self, method: Method) -> Statistics:
+        """Return what of it a method uses: only balanced rotations and error feedback know queries."""
+        return self if method.needs_model else replace(self, balance=None, moment=None)
 
     def check(self, heads: int, head_dim: int) -> None:
         """Raise unless the statistics are those of a layer of `heads` KV heads.
@@ -57,6 +70,8 @@ class Statistics:
             )
         if self.moment is not None and not bool(self.moment.isfinite().all()):
             raise UnsupportedInput("the queries' second moment has NaN or infinite values; allowed: finite ones.")
+        if self.balance is None:
+            return
         good = bool((self.balance.isfinite() & (self.balance > 0)).all())
         if self.balance.shape != (heads, head_dim) or not good:
             raise UnsupportedInput(
@@ -71,6 +86,7 @@ class Crossing:
 
     `k_vector` `[H, D]` is multiplied into K before the rotation, and Q is divided by it: d, or random signs. `v_signs`
     `[D]` are multiplied into V before its rotation and into the output after it is rotated back. `feedback` is F.
+    `key_bias` is taken out of K; backends put it back into the logits.
     """
 
     k_block: int | None
@@ -78,16 +94,39 @@ class Crossing:
     k_vector: Tensor | None
     v_signs: Tensor | None
     feedback: Tensor | None
+    key_bias: KeyBias | None = None
 
-    def enter(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take K and V `[B, H, T, D]` from model space to cache space, float32."""
+    def enter(self, k: Tensor, v: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Take K and V `[B, H, T, D]` from model space to cache space, float32.
+
+        A key bias needs their positions `at`, int64 `[B, T]`.
+        """
+        if self.key_bias is not None:
+            k = k.float() - self._bias_rows(at)
         k = rotate(k, hadamard_block=self.k_block, balance=self.k_vector)
         return k, rotate(v, hadamard_block=self.v_block, balance=self._v_vector(v))
 
-    def leave(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take K and V `[B, H, T, D]` from cache space to model space, float32."""
+    def leave(self, k: Tensor, v: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Take K and V `[B, H, T, D]` back from cache space to model space, float32; `at` as in `enter`."""
         k = rotate_back(k, hadamard_block=self.k_block, balance=self.k_vector)
+        if self.key_bias is not None:
+            k = k + self._bias_rows(at)
         return k, rotate_back(v, hadamard_block=self.v_block, balance=self._v_vector(v))
+
+    def mover(self, statistics: Statistics | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return what takes K in cache space, `[B, H, P, D]`, from positions to others, int64 `[B, P]` both.
+
+        Raises:
+            UnsupportedInput: It is not known how the model embeds positions.
+        """
+        rotary = known_rotary(statistics)
+
+        def move(k: Tensor, old: Tensor, new: Tensor) -> Tensor:
+            in_model, _ = self.leave(k, k, old)
+            moved, _ = self.enter(rotary.turn(in_model, (new - old)[:, None]), k, new)
+            return moved.to(k.dtype)
+
+        return move
 
     def leave_output(self, out: Tensor) -> Tensor:
         """Finish an output `[B, Hq, T, D]` that a backend has rotated back."""
@@ -96,12 +135,33 @@ class Crossing:
     def bound(self, k: Tensor, v: Tensor) -> float:
         """Return a number that neither V's values nor K's token norms can be above in cache space."""
         largest_k, largest_v = (max(abs(float(x)) for x in t.aminmax()) for t in (k, v))
+        if self.key_bias is not None:
+            largest_k += float(self.key_bias.vector.abs().sum(-1).max())
         stretch = 1.0 if self.k_vector is None else float(self.k_vector.max())
         norm = largest_k * stretch * (self.k_block or 1) ** 0.5 * (k.shape[1] * k.shape[3]) ** 0.5
         return max(norm, largest_v * (self.v_block or 1) ** 0.5)
 
+    def _bias_rows(self, at: Tensor | None) -> Tensor:
+        if self.key_bias is None or at is None:
+            raise UnsupportedInput("a key bias is taken out of K, which needs the positions of its tokens.")
+        return self.key_bias.rows(at)
+
     def _v_vector(self, v: Tensor) -> Tensor | None:
         return None if self.v_signs is None else self.v_signs.to(v.device).expand(v.shape[1], -1)
+
+
+def known_rotary(statistics: Statistics | None) -> Rotary:
+    """Return how a layer embeds positions.
+
+    Raises:
+        UnsupportedInput: It is not known.
+    """
+    if statistics is None or statistics.rotary is None:
+        raise UnsupportedInput(
+            "a window moves pinned tokens to other positions, and how this model embeds positions is not known. "
+            "Pass the model, not its configuration; if it has no rotary embedding of one axis, set pins='none'."
+        )
+    return statistics.rotary
 
 
 @cache

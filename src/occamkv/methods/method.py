@@ -6,19 +6,20 @@ Its stages are pins -> rotation -> token scale -> grouping -> grid -> codes.
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from occamkv.errors import UnsupportedFormat, UnsupportedInput
 from occamkv.formats.format import PAGE_TOKENS, Format, check_head_dim
+from occamkv.methods.pinning import Pinning, pinning, pins_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from occamkv.formats.pages import Pages
     from occamkv.methods.crossing import Crossing, Statistics
+    from occamkv.ops.rope import KeyBias
 
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 _CHOICES = {
@@ -28,9 +29,10 @@ _CHOICES = {
     "norm": ("l2", "sinkhorn"),
     "feedback": (False, True),
     "flush": ("block", "rolling"),
+    "key_bias": ("keep", "remove"),
 }
 _BUDGETS = (2.2, 4.7)
-_PINS = re.compile(r"none|first:(?P<first>[0-9]{1,4})(?P<found>\+found)?|lowest:(?P<lowest>[0-9]{1,4})")
+_LEAST_WINDOW = 2 * PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,12 @@ class Method:
         feedback: Choose K's codes with error feedback, weighted by the second moment of the queries.
         flush: "block": 128 tokens leave the residual at a time. "rolling": only the oldest group does.
         pins: Tokens of each sequence that stay in full precision: "none"; "first:N", the first N; "first:N+found", also
-            later ones that the norm rules of `ops.outliers` find; "lowest:N", the N tokens with the lowest K norm among
-            the first that are due.
+            later ones that the norm rules of `ops.outliers` find; "detected", only such; "lowest:N", the N tokens with
+            the lowest K norm among the first that are due; "at:0,7,130" (or a list of numbers), these positions.
+        window: Keep only the pins and so many of the newest tokens, at least; older ones are dropped, page by page, and
+            the pins move along (StreamingLLM, arXiv:2309.17453). None keeps all.
+        key_bias: "remove": what a model adds to all keys alike, before it embeds positions, is taken out of K and put
+            back into the logits (`ops.rope.KeyBias`). "keep" stores K as it is.
         budget: Mean bits per value that codes, groups and rotation are chosen for, layer by layer, when the first
             tokens are due (`methods.auto`); None for methods that say them.
         source: The paper, for tables and reports.
@@ -69,6 +75,8 @@ class Method:
     feedback: bool = False
     flush: Literal["block", "rolling"] = "block"
     pins: str = "none"
+    window: int | None = None
+    key_bias: Literal["keep", "remove"] = "keep"
     budget: float | None = None
     source: str = ""
 
@@ -82,9 +90,11 @@ class Method:
             raise UnsupportedFormat(
                 f"clip is {self.clip!r}; allowed: above 0, at most 1 (1 keeps the whole range), or None (by bits)."
             )
-        if not (isinstance(self.pins, str) and _PINS.fullmatch(self.pins)):
+        object.__setattr__(self, "pins", pins_text(self.pins))
+        pinning(self.pins)
+        if self.window is not None and not (type(self.window) is int and self.window >= _LEAST_WINDOW):
             raise UnsupportedFormat(
-                f"pins is {self.pins!r}; allowed: 'none', 'first:4', 'first:4+found' or 'lowest:5' (any numbers)."
+                f"window is {self.window!r}; allowed: a number of tokens, at least {_LEAST_WINDOW}, or None (keep all)."
             )
         low, high = _BUDGETS
         if self.budget is not None and not (isinstance(self.budget, (int, float)) and low <= self.budget <= high):
@@ -109,10 +119,19 @@ class Method:
         return self.format
 
     @property
+    def pinning(self) -> Pinning:
+        """Which tokens are pinned."""
+        return pinning(self.pins)
+
+    @property
     def pinned_tokens(self) -> int:
-        """How many first tokens of a sequence are pinned."""
-        found = _PINS.fullmatch(self.pins)
-        return int(found["first"] or 0) if found else 0
+        """How many tokens of a sequence are pinned because of their place."""
+        return len(self.pinning.positions)
+
+    @property
+    def finds_pins(self) -> bool:
+        """Whether tokens may be pinned because of what they are."""
+        return self.pinning.finds
 
     @property
     def flush_tokens(self) -> int:
@@ -120,29 +139,34 @@ class Method:
         return PAGE_TOKENS if self.flush == "block" else self.packed_format.record_tokens
 
     @property
-    def judges(self) -> bool:
-        """Whether every token is judged by its norms before it is packed."""
-        return self.pins.endswith("+found")
-
-    @property
-    def finds_pins(self) -> bool:
-        """Whether later tokens may be pinned because of what they are."""
-        return self.judges or self.lowest_pins > 0
-
-    @property
     def residual_tokens(self) -> int:
         """How many tokens the residual has room for; tokens that were judged wait there until a record is full."""
-        return PAGE_TOKENS + (self.flush_tokens if self.judges else 0)
+        return PAGE_TOKENS + (self.flush_tokens if self.pinning.judges else 0)
 
     @property
-    def lowest_pins(self) -> int:
-        """How many tokens with the lowest K norm are pinned when the first tokens are due."""
-        return int(self.pins[7:]) if self.pins.startswith("lowest:") else 0
+    def pin_slots(self) -> int:
+        """How many pins there is room for from the start; more is made where more are found."""
+        return len(self.pinning.positions) + self.pinning.lowest
+
+    @property
+    def packing_starts(self) -> int:
+        """Number of tokens at which the first group of a sequence is packed."""
+        return self.pinning.place_of(PAGE_TOKENS + self.pinning.lowest - 1) + 1
 
     @property
     def needs_model(self) -> bool:
-        """Whether the method needs the statistics of a model's queries and keys."""
+        """Whether the method cannot do without the statistics of a model's queries and keys."""
         return self.k_rotation == "balanced" or self.feedback
+
+    def dropped_tokens(self, packed: int) -> int:
+        """Return how many of the tokens packed so far lie behind the window, in whole pages.
+
+        `window` newest tokens at least stay, counting those that the residual always holds.
+        """
+        if self.window is None:
+            return 0
+        held = PAGE_TOKENS - self.flush_tokens
+        return max(0, packed + held - self.window) // PAGE_TOKENS * PAGE_TOKENS
 
     def with_overrides(self, **overrides: Any) -> Method:
         """Return a copy with other field values; fields of the format may be named directly.
@@ -186,8 +210,11 @@ class Method:
         return 8 * size / (2 * tokens * kv_heads * head_dim) if tokens else 0.0
 
     def packed_tokens(self, tokens: int) -> int:
-        """Return how many of `tokens` tokens are packed once everything due has been packed, if no pin is found."""
-        rest = max(0, tokens - self.pinned_tokens - self.lowest_pins)
+        """Return how many of `tokens` tokens were packed once everything due has been packed, if no pin is found.
+
+        Tokens that have left the window are among them.
+        """
+        rest = max(0, tokens - self.pinning.before(tokens) - self.pinning.lowest)
         if self.format is None or rest < PAGE_TOKENS:
             return 0
         return ((rest - PAGE_TOKENS) // self.flush_tokens + 1) * self.flush_tokens
@@ -195,23 +222,33 @@ class Method:
     def nbytes(self, tokens: int, *, kv_heads: int, head_dim: int, dtype_bytes: int = 2) -> int:
         """Return the bytes that one layer allocates for one sequence of `tokens` tokens, residual and pins included.
 
-        Room for pins that are found (`+found`) is not foretold.
+        Room for pins that are found (`+found`, `detected`) is not foretold.
         """
         per_token = 2 * kv_heads * head_dim * dtype_bytes
         if self.format is None:
             return tokens * per_token
-        pages = -(-self.packed_tokens(tokens) // PAGE_TOKENS)
+        count = self.packed_tokens(tokens)
+        pages = -(-(count - self.dropped_tokens(count)) // PAGE_TOKENS)
         packed = pages * self.format.page_bytes(kv_heads=kv_heads, head_dim=head_dim)
-        return packed + (self.residual_tokens + self.pinned_tokens + self.lowest_pins) * per_token
+        return packed + (self.residual_tokens + self.pin_slots) * per_token
 
-    def encode(self, k: Tensor, v: Tensor, *, balance: Tensor | None = None, moment: Tensor | None = None) -> Encoded:
-        """Quantize and pack whole pages. No token is pinned.
+    def encode(
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        balance: Tensor | None = None,
+        moment: Tensor | None = None,
+        key_bias: KeyBias | None = None,
+    ) -> Encoded:
+        """Quantize and pack whole pages, positions 0 to T - 1. No token is pinned.
 
         Args:
             k: `[B, H, T, D]` in model space (post-RoPE), any float dtype, T a multiple of 128.
             v: The same shape.
             balance: d, `[H, D]`, for `k_rotation="balanced"`. Without it d = 1, with a warning.
             moment: Second moment of the queries, `[H, D, D]`, for error feedback.
+            key_bias: What is taken out of K, for methods that remove it.
 
         Returns:
             The packed bytes; `decode` reads them back.
@@ -220,6 +257,8 @@ class Method:
             UnsupportedInput: Shape, dtype or values are not allowed.
             UnsupportedFormat: The head_dim cannot be stored, or this is `full`.
         """
+        import torch
+
         from occamkv.formats import records
         from occamkv.formats.pages import Pages
         from occamkv.methods.crossing import Statistics
@@ -228,13 +267,13 @@ class Method:
         check_kv(k, v, multiple=PAGE_TOKENS)
         if self.k_rotation == "balanced" and balance is None:
             warnings.warn(f"{self} was given no balance vector; d = 1 (a plain Hadamard rotation).", stacklevel=2)
-        given = None
-        if balance is not None or moment is not None:
-            given = Statistics(k.new_ones(k.shape[1], k.shape[3]) if balance is None else balance, moment)
-        cross = self.crossing(k, given)
+        if moment is not None and balance is None:
+            balance = k.new_ones(k.shape[1], k.shape[3])
+        cross = self.crossing(k, Statistics(balance, moment, key_bias))
         batch, heads, tokens, head_dim = k.shape
+        at = torch.arange(tokens, device=k.device).expand(batch, -1)
         packed = records.encode(
-            *(records.to_groups(x, format.record_tokens) for x in cross.enter(k, v)),
+            *(records.to_groups(x, format.record_tokens) for x in cross.enter(k, v, at)),
             format=format,
             grid=self.grid,
             clip=self.clip,
@@ -250,10 +289,13 @@ class Method:
 
     def decode(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Return K and V of `encode` as stored: `[B, H, T, D]` in model space and in the dtype that was given."""
+        import torch
+
         from occamkv.formats import records
 
         k, v = (records.from_groups(t, encoded.batch) for t in records.decode_pages(encoded.pages))
-        k, v = encoded.crossing.leave(k, v)
+        at = torch.arange(k.shape[2], device=k.device).expand(encoded.batch, -1)
+        k, v = encoded.crossing.leave(k, v, at)
         return k.to(encoded.dtype), v.to(encoded.dtype)
 
     def crossing(self, k: Tensor, statistics: Statistics | None) -> Crossing:
@@ -262,32 +304,32 @@ class Method:
         Raises:
             UnsupportedInput: The statistics do not fit, are not used by this method, or error feedback lacks them.
         """
-        from occamkv.methods.crossing import Crossing, random_signs
+        from occamkv.methods.crossing import Crossing, Statistics, random_signs
 
         heads, head_dim = k.shape[1], k.shape[3]
         k_block, v_block = self.hadamard_blocks(head_dim)
-        if statistics is not None and not self.needs_model:
+        own = Statistics() if statistics is None else statistics
+        if own.balance is not None and not self.needs_model:
             raise UnsupportedInput(
                 f"balance was given, but {self} has k_rotation={self.k_rotation!r} and would not use it. "
                 "Leave it out, or override k_rotation='balanced'."
             )
-        if statistics is not None:
-            statistics.check(heads, head_dim)
+        own.check(heads, head_dim)
         vector, feedback, signs = None, None, random_signs(head_dim).to(k.device)
         balanced = self.k_rotation == "balanced"
-        if balanced and statistics is not None:
-            vector = statistics.balance.to(k.device).float()
+        if balanced and own.balance is not None:
+            vector = own.balance.to(k.device).float()
         if self.k_rotation == "random":
             vector = signs.expand(heads, -1)
         if self.feedback:
-            if statistics is not None:
-                feedback = statistics.feedback(hadamard_block=k_block, balanced=balanced, device=k.device)
+            feedback = own.feedback(hadamard_block=k_block, balanced=balanced, device=k.device)
             if feedback is None:
                 raise UnsupportedInput(
                     f"{self} encodes with error feedback and needs the second moment of the queries. "
                     "Pass the model, which has it, not its configuration."
                 )
-        return Crossing(k_block, v_block, vector, signs if self.v_rotation == "random" else None, feedback)
+        bias = own.key_bias if self.key_bias == "remove" else None
+        return Crossing(k_block, v_block, vector, signs if self.v_rotation == "random" else None, feedback, bias)
 
     def hadamard_blocks(self, head_dim: int) -> tuple[int | None, int | None]:
         """Return the Hadamard block sizes of K and V; None where nothing is rotated."""

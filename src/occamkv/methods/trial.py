@@ -58,12 +58,12 @@ def errors(sample: Sample, chosen: Method, statistics: Statistics | None, *, rec
             codes of K alike, is left out: it would take most of the time.
         recent: A query sees so many newest tokens in full precision, as it would see the residual.
     """
-    trial = _Trial(sample, pins=chosen.pinned_tokens, recent=recent)
+    trial = _Trial(sample, pins=chosen.pinning.leading, recent=recent)
 
     @cache
     def space(rotation: str) -> _Space:
         method = recipe(chosen, _JUDGE, _JUDGE, k_rotation=rotation, feedback=False)
-        return trial.space(method.crossing(sample.k[None], statistics if method.needs_model else None))
+        return trial.space(method.crossing(sample.k[None], None if statistics is None else statistics.used_by(method)))
 
     def tried(code: Code, rotation: str) -> tuple[float, float]:
         return trial.errors(recipe(chosen, code, code, k_rotation=rotation, feedback=False), space(rotation))
@@ -81,11 +81,12 @@ def has_feedback(statistics: Statistics | None) -> bool:
 
 
 class _Space(NamedTuple):
-    """Queries `[H, g, n, D]`, K and V `[H, T, D]` in cache space."""
+    """Queries `[H, g, n, D]`, K and V `[H, T, D]` in cache space; `common`: a key bias's logits or 0."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+    common: Tensor | float
 
 
 class _Trial:
@@ -108,10 +109,13 @@ class _Trial:
 
     def space(self, crossing: Crossing) -> _Space:
         """Return queries, K and V in cache space; errors are measured there, since nothing has to be rotated back."""
-        k, v = (x[0] for x in crossing.enter(self.k[None], self.v[None]))
+        at = torch.arange(self.k.shape[1], device=self.k.device)[None]
+        k, v = (x[0] for x in crossing.enter(self.k[None], self.v[None], at))
+        bias = crossing.key_bias
+        common = 0.0 if bias is None else self.q @ bias.rows(at)[0, :, None].transpose(-1, -2)
         inverse = None if crossing.k_vector is None else 1 / crossing.k_vector
         q = rotate(self.q.flatten(1, 2)[None], hadamard_block=crossing.k_block, balance=inverse)
-        return _Space(q[0].unflatten(1, self.q.shape[1:3]), k, v)
+        return _Space(q[0].unflatten(1, self.q.shape[1:3]), k, v, common)
 
     def errors(self, method: Method, space: _Space) -> tuple[float, float]:
         """Return the relative squared error of the output that K causes when it is packed, and that V causes."""
@@ -119,15 +123,16 @@ class _Trial:
         groups = (records.to_groups(x[None, :, pins:], form.record_tokens) for x in (space.k, space.v))
         packed = records.encode(*groups, format=form, grid=method.grid, clip=method.clip)
         k, v = (records.from_groups(x, 1)[0] for x in records.decode(packed, format=form, head_dim=space.k.shape[2]))
-        logits = torch.where(self.packed, self._logits(space.q, torch.cat((space.k[:, :pins], k), dim=1)), self.logits)
+        read = self._logits(space.q, torch.cat((space.k[:, :pins], k), dim=1), space.common)
+        logits = torch.where(self.packed, read, self.logits)
         by_k = (self._softmax(logits) - self.weights) @ self.v[:, None]
         by_v = (self.weights * self.packed)[..., pins:] @ (v - space.v[:, pins:])[:, None]
         k_error, v_error = (float(x.square().sum()) / max(self.energy, 1e-30) for x in (by_k, by_v))
         return k_error, v_error
 
-    def _logits(self, q: Tensor, k: Tensor) -> Tensor:
+    def _logits(self, q: Tensor, k: Tensor, common: Tensor | float = 0.0) -> Tensor:
         """Return the logits of all queries, `[H, g, n, T]`, those of later tokens at minus infinity."""
-        logits, softcap = q @ k[:, None].transpose(-1, -2), self.reading.softcap
+        logits, softcap = q @ k[:, None].transpose(-1, -2) + common, self.reading.softcap
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         return logits.masked_fill(self.hidden, -math.inf)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LEFT = 0.1  # of the variance within groups may come from what is left of a key bias
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -68,3 +70,34 @@ class KeyBias:
         """Return what keys at positions int64 `[B, T]` hold of the bias, float32 `[B, H, T, D]`."""
         vector = self.vector.to(positions.device)[None, :, None, :].expand(len(positions), -1, positions.shape[1], -1)
         return self.rotary.turn(vector, positions[:, None])
+
+
+def worth_removing(bias: KeyBias, variance: Tensor, *, tokens: int) -> KeyBias | None:
+    """Return what of a key bias would widen the groups of a record, or None if nothing of it matters.
+
+    A pair that hardly turns within a group is taken up by the group's minimum. What others add to the variance within
+    a group is `|b|^2 (1 - |mean of exp(i f t)|^2)`. Pairs go, the largest first, until the rest adds at most a tenth of
+    what the keys vary without their bias.
+
+    Args:
+        bias: All of it.
+        variance: Of K without its bias within groups, `[H, D]`.
+        tokens: Tokens of a group.
+    """
+    rotary = bias.rotary
+    steps = torch.arange(tokens, dtype=torch.float64)
+    mean = torch.polar(torch.ones(1, 1, dtype=torch.float64), rotary.frequencies[:, None] * steps).mean(1)
+    length = bias.vector[:, rotary.first].double().square() + bias.vector[:, rotary.second].double().square()
+    added = length * (1 - mean.abs().square())  # [H, P]
+    allowed = _LEFT * variance.double().sum(-1).to(added.device)
+    order = (added / allowed[:, None]).amax(0).argsort(descending=True)
+    rest = added.sum(1) - added[:, order].cumsum(1).T  # [P, H]: what is left after taking out so many pairs and one
+    if bool((added.sum(1) <= allowed).all()):
+        return None
+    count = int((rest > allowed).any(1).sum()) + 1
+    taken = order[:count].sort().values
+    part = Rotary(rotary.frequencies[taken], rotary.first[taken], rotary.second[taken])
+    vector = torch.zeros_like(bias.vector)
+    for channels in (part.first, part.second):
+        vector[:, channels] = bias.vector[:, channels]
+    return KeyBias(part, vector)

@@ -163,7 +163,8 @@ def fold_balance(model: nn.Module) -> FoldReport:
     decoder, found = decoders(model)[0], model_statistics(model)
 
     def fold_one(index: int, module: nn.Module) -> str | None:
-        return _shared(text) or _fold_balance(decoder, module, found[index].balance)
+        vector = found[index].balance
+        return "no balance vector" if vector is None else _shared(text) or _fold_balance(decoder, module, vector)
 
     return _fold_layers(decoder, found, fold_one, what="the balance")
 

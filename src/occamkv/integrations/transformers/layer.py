@@ -25,6 +25,8 @@ from occamkv.methods.auto import Dial
 from occamkv.methods.crossing import Statistics
 from occamkv.methods.trial import Reading
 
+Observer = Callable[[Tensor, LayerCache, Reading], None]
+
 
 class Shared:
     """What the layers of one cache share: the model they belong to, the mask of this step, and each other.
@@ -131,7 +133,7 @@ class PackedLayer(DynamicLayer):
             method, statistics=statistics, min_tokens=min_tokens, pack_after_attend=pack_after_attend
         )
         self.reason: str | None = None
-        self.observer: Callable[[Tensor, LayerCache, Reading], None] | None = None
+        self.observer: Observer | None = None
         self.shared = Shared("", ())
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -349,6 +351,8 @@ class PackedLayer(DynamicLayer):
             reads_dense=self.cache.dense_reads,
             lossy_crops=self.cache.lossy_crops,
             packing_starts=self.cache.packing_starts,
+            dropped_tokens=sum(row.dropped for row in store.rows),
+            key_bias_pairs=self.cache.key_bias_pairs,
         )
 
 

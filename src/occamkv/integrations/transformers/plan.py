@@ -17,7 +17,7 @@ from occamkv.integrations.transformers.layer import PackedLayer, Shared
 from occamkv.integrations.transformers.model import folded_layers, text_config
 from occamkv.methods import Method, method
 from occamkv.methods.auto import Dial
-from occamkv.methods.crossing import Statistics
+from occamkv.methods.crossing import Statistics, known_rotary
 
 _REASONS = {
     "Sliding": "sliding window: its cache never grows beyond the window",
@@ -119,12 +119,14 @@ def current_plan(plan: Plan, layers: Sequence[Any]) -> Plan:
 
 def _check_statistics(entry: LayerPlan, own: Statistics | None) -> None:
     """Refuse statistics that are missing or that the method would not use."""
-    if own is None and entry.method.needs_model:
+    if entry.method.window is not None and entry.method.pins != "none":
+        known_rotary(own)
+    if entry.method.needs_model and (own is None or own.balance is None):
         raise UnsupportedInput(
             f"method {entry.method} of layer {entry.index} needs what only the model can tell (a balance vector). Pass "
             "the model instead of its configuration, or balance={layer: [H, D] tensor}, or name another method."
         )
-    if own is not None and not entry.method.needs_model:
+    if own is not None and own.balance is not None and not entry.method.needs_model:
         raise UnsupportedInput(
             f"balance has a vector for layer {entry.index}, but its method {entry.method} has "
             f"k_rotation={entry.method.k_rotation!r}. Leave it out, or override k_rotation='balanced'."

@@ -14,44 +14,45 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
 
 from occamkv.cache import LayerCache, LayerPlan, Plan
 from occamkv.errors import OccamError, UnsupportedModel
-from occamkv.integrations.transformers import attention
-from occamkv.integrations.transformers.layer import PackedLayer
-from occamkv.integrations.transformers.model import decoders, text_config, use_attention
-from occamkv.integrations.transformers.plan import build_layers, plan_for
+from occamkv.integrations.transformers.probing import FIRST_TOKENS, packable_layers, probe, random_ids
+from occamkv.integrations.transformers.rotary import key_biases, model_rotaries
 from occamkv.methods.crossing import Statistics
 from occamkv.methods.trial import Reading
-from occamkv.ops.balance import balance_vector, query_moment, variance_in_groups
-
-RANDOM_TOKENS = 128
-_FIRST_TOKENS = 4  # attention sinks, which are pinned and tell nothing about the others
-_SEED = 0
+from occamkv.ops.balance import VARIANCE_TOKENS, balance_vector, query_moment, variance_in_groups
+from occamkv.ops.rope import KeyBias, Rotary, worth_removing
 
 _Key = tuple[tuple[int, int], ...]
 _known: WeakKeyDictionary[nn.Module, tuple[_Key, dict[int, Statistics]]] = WeakKeyDictionary()
 
 
 class _Collector:
-    """Adds up what the attention calls that read one layer's keys show."""
+    """Adds up what the attention calls that read one layer's keys show. `bias`: what its keys have in common."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, bias: KeyBias | None) -> None:
+        self.calls, self.bias = 0, bias
         self.moment = self.variance = torch.zeros(())
 
     def __call__(self, q: Tensor, cache: LayerCache, _reading: Reading) -> None:
         if cache.waiting is None:  # not the first step
             return
-        k = cache.waiting[0]
+        k = cache.waiting[0].float()
+        if not self.calls and self.bias is not None:
+            at = torch.arange(k.shape[2], device=k.device)[None]
+            clean = variance_in_groups((k - self.bias.rows(at))[:, :, FIRST_TOKENS:])
+            self.bias = worth_removing(self.bias, clean.cpu(), tokens=VARIANCE_TOKENS)
+            k = k if self.bias is None else k - self.bias.rows(at)
+            self.variance = variance_in_groups(k[:, :, FIRST_TOKENS:])
+        elif self.bias is None:
+            self.variance = variance_in_groups(k[:, :, FIRST_TOKENS:])
         self.calls += 1
-        self.moment = self.moment + query_moment(q[:, :, _FIRST_TOKENS:], kv_heads=k.shape[1])
-        self.variance = variance_in_groups(k[:, :, _FIRST_TOKENS:])
+        self.moment = self.moment + query_moment(q[:, :, FIRST_TOKENS:], kv_heads=k.shape[1])
 
     def statistics(self) -> Statistics:
         moment = self.moment / self.calls
-        return Statistics(balance_vector(moment.diagonal(dim1=1, dim2=2), self.variance), moment)
+        return Statistics(balance_vector(moment.diagonal(dim1=1, dim2=2), self.variance), moment, self.bias)
 
 
 def statistics_for(model: Any, plan: Plan, balance: Mapping[int, Tensor] | None) -> tuple[Plan, dict[int, Statistics]]:
@@ -66,13 +67,17 @@ def statistics_for(model: Any, plan: Plan, balance: Mapping[int, Tensor] | None)
         The plan is another one, with a warning, if the model cannot be asked: its balanced layers then do not rotate K.
     """
     given = {index: Statistics(vector) for index, vector in (balance or {}).items()}
+    if not isinstance(model, nn.Module):
+        return plan, given
+    turned = _turned(model, plan)
     wanted = {
         entry.index
         for entry in plan.layers
         if entry.packs and entry.method.needs_model and (entry.method.feedback or entry.index not in given)
     }
-    if not isinstance(model, nn.Module) or not wanted:
-        return plan, given
+    biased = _biased(model, plan)
+    if not wanted | biased:
+        return plan, _merged(given, {}, turned, plan)
     try:
         found = model_statistics(model)
     except (OccamError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
@@ -83,10 +88,35 @@ def statistics_for(model: Any, plan: Plan, balance: Mapping[int, Tensor] | None)
         layers = [
             _without(entry, keep=entry.index in given) if entry.index in wanted else entry for entry in plan.layers
         ]
-        return Plan(tuple(layers), plan.model_type, plan.fingerprint), given
-    own = {index: found[index] for index in wanted if index in found}
-    vectors = {index: replace(own.get(index, one), balance=one.balance) for index, one in given.items()}
-    return plan, {**own, **vectors}
+        plan = Plan(tuple(layers), plan.model_type, plan.fingerprint)
+        return plan, _merged(given, {}, turned, plan)
+    own = {index: found[index] for index in wanted | biased if index in found}
+    return plan, _merged(given, own, turned, plan)
+
+
+def _merged(
+    given: Mapping[int, Statistics], own: Mapping[int, Statistics], turned: Mapping[int, Rotary], plan: Plan
+) -> dict[int, Statistics]:
+    """Put together, by layer, a caller's balance vectors, what the model says, and how positions are embedded."""
+    merged: dict[int, Statistics] = dict(own)
+    for index, one in given.items():
+        merged[index] = replace(merged.get(index, one), balance=one.balance)
+    for index, rotary in turned.items():
+        merged[index] = replace(merged.get(index, Statistics()), rotary=rotary)
+    methods = {entry.index: entry.method for entry in plan.layers}
+    return {index: one if index in given else one.used_by(methods[index]) for index, one in merged.items()}
+
+
+def _turned(model: nn.Module, plan: Plan) -> dict[int, Rotary]:
+    """Return how the layers with a window, whose pins move, embed positions."""
+    moving = {entry.index for entry in plan.layers if entry.packs and entry.method.window is not None}
+    return {index: rotary for index, rotary in model_rotaries(model).items() if index in moving} if moving else {}
+
+
+def _biased(model: nn.Module, plan: Plan) -> set[int]:
+    """Return the layers whose method removes a key bias and whose projection has one."""
+    removing = {entry.index for entry in plan.layers if entry.packs and entry.method.key_bias == "remove"}
+    return removing & set(key_biases(model)) if removing else set()
 
 
 def _without(entry: LayerPlan, *, keep: bool) -> LayerPlan:
@@ -114,38 +144,11 @@ def model_statistics(model: nn.Module, ids: Tensor | None = None) -> dict[int, S
     return made
 
 
-def random_ids(model: nn.Module, *, tokens: int = RANDOM_TOKENS, seed: int = _SEED) -> Tensor:
-    """Return random token ids `[1, 4 + tokens]` of a model's vocabulary, the same on every machine."""
-    decoder: Any = decoders(model)[-1]
-    vocabulary = decoder.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary, (1, _FIRST_TOKENS + tokens), generator=generator)
-
-
-@torch.no_grad()
 def _read(model: nn.Module, ids: Tensor) -> dict[int, Statistics]:
-    """Run the decoder on tokens, with a cache whose layers show queries and keys."""
-    attention.register()
-    decoder: Any = decoders(model)[-1]
-    cache = DynamicCache(config=text_config(model.config))
-    cache.layers = build_layers(model.config, plan_for(model.config, "kivi"))
-    collectors = {layer.index: _Collector() for layer in cache.layers if isinstance(layer, PackedLayer)}
-    for layer in cache.layers:
-        if isinstance(layer, PackedLayer):
-            layer.observer = collectors[layer.index]
-    ids = ids.to(next(decoder.parameters()).device)
-    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs |= {"decoder_input_ids": ids, "past_key_values": EncoderDecoderCache(cache, DynamicCache())}
-    before, modes = use_attention(model, attention.NAME), {part: part.training for part in decoder.modules()}
-    if before is None:
-        raise UnsupportedModel(f"{type(model).__name__} has attention outside transformers' attention interface")
-    try:
-        decoder.eval()(**inputs)
-    finally:
-        use_attention(model, before)
-        for part, training in modes.items():
-            part.training = training
+    """Run the decoder on tokens and collect what its attention calls show."""
+    biases = key_biases(model)
+    collectors = {index: _Collector(biases.get(index)) for index in packable_layers(model)}
+    probe(model, ids, collectors)
     silent = [index for index, collector in collectors.items() if not collector.calls]
     if silent:
         raise UnsupportedModel(f"layers {silent} never called attention through the interface")
