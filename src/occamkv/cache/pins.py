@@ -16,6 +16,9 @@ from occamkv.kernels import FullTokens
 from occamkv.methods import Method
 from occamkv.ops.outliers import lowest, outliers
 
+PIN_SLOTS = 8
+"""Room for found pins grows by so many tokens."""
+
 _FREE_PINS = 4
 _BEHIND = 2**62
 _MOST_PINS = 0.02  # of the tokens judged so far, beside the free ones
@@ -64,6 +67,14 @@ def route(method: Method, k: Tensor, v: Tensor, *, judged: int, pinned: int, bef
         if staged >= step:
             due, staged = due + step, staged - step
     return Routing(found, due, staged)
+
+
+def most_slots(method: Method, tokens: int) -> int:
+    """Return for how many pinned tokens a sequence of `tokens` tokens has room at most."""
+    sure = method.pinned_tokens + method.lowest_pins
+    if not method.judges or not method.packed_tokens(tokens):
+        return sure
+    return sure + int(_FREE_PINS + _MOST_PINS * tokens) + PIN_SLOTS - 1
 
 
 def skips(pins: Sequence[int]) -> list[int]:

@@ -197,12 +197,19 @@ class Method:
 
         Room for pins that are found (`+found`) is not foretold.
         """
+        return sum(self.parts(tokens, kv_heads=kv_heads, head_dim=head_dim, dtype_bytes=dtype_bytes).values())
+
+    def parts(self, tokens: int, *, kv_heads: int, head_dim: int, dtype_bytes: int = 2) -> dict[str, int]:
+        """Return `nbytes` by what takes them: `packed` (records, norms, super-scales), `residual`, `pins`."""
         per_token = 2 * kv_heads * head_dim * dtype_bytes
         if self.format is None:
-            return tokens * per_token
+            return {"packed": 0, "residual": tokens * per_token, "pins": 0}
         pages = -(-self.packed_tokens(tokens) // PAGE_TOKENS)
-        packed = pages * self.format.page_bytes(kv_heads=kv_heads, head_dim=head_dim)
-        return packed + (self.residual_tokens + self.pinned_tokens + self.lowest_pins) * per_token
+        return {
+            "packed": pages * self.format.page_bytes(kv_heads=kv_heads, head_dim=head_dim),
+            "residual": self.residual_tokens * per_token,
+            "pins": (self.pinned_tokens + self.lowest_pins) * per_token,
+        }
 
     def encode(self, k: Tensor, v: Tensor, *, balance: Tensor | None = None, moment: Tensor | None = None) -> Encoded:
         """Quantize and pack whole pages. No token is pinned.
