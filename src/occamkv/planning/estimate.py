@@ -125,9 +125,7 @@ def _held(layer: LayerSizes, load: Workload) -> int:
     return tokens * layer.values
 
 
-def _packed(
-    method: Method, layer: LayerSizes, load: Workload, dtype_bytes: int, budgets: dict[float, int]
-) -> Need:
+def _packed(method: Method, layer: LayerSizes, load: Workload, dtype_bytes: int, budgets: dict[float, int]) -> Need:
     """Return what a packed layer holds of one sequence; what depends on the text is counted as its bound."""
     parts = method.parts(load.context, kv_heads=layer.k_heads, head_dim=layer.k_dim, dtype_bytes=dtype_bytes)
     records = parts["packed"]
@@ -163,6 +161,18 @@ def _transient(sizes: ModelSizes, packed: list[LayerSizes], others: list[LayerSi
         old = before  # tokens of the tensor that the new one is made from
         if layer.most_tokens is not None:
             old = min(max(0, before - step), layer.most_tokens) + min(step, before)
-            waiting += (min(before, layer.most_tokens) + step) * layer.values - _held(layer, load)
+            waiting += _overhang(layer, load)
         one_at_a_time.append(old * layer.v_values + step * layer.values)
     return waiting + max(one_at_a_time, default=0)
+
+
+def _overhang(layer: LayerSizes, load: Workload) -> int:
+    """Return the values of one sequence that a window's tensor holds beyond the window, after the last long step."""
+    if layer.most_tokens is None:
+        return 0
+    return (min(load.context - load.step, layer.most_tokens) + load.step) * layer.values - _held(layer, load)
+
+
+def window_overhang(sizes: ModelSizes, load: Workload) -> int:
+    """Return the bytes that all windows hold, until the next step, beyond what they keep."""
+    return load.batch * sizes.dtype_bytes * sum(_overhang(layer, load) for layer in sizes.layers)

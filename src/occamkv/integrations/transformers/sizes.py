@@ -119,8 +119,8 @@ def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 def _told(what: str, kind: type, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300].rstrip(".")
     return (
-        f"transformers cannot {what} {kind.__name__} from its configuration ({type(error).__name__}: {reason}), so what "
-        "its layers keep is not known. Compare the configuration with that of the model's publisher."
+        f"transformers cannot {what} {kind.__name__} from its configuration ({type(error).__name__}: {reason}), so "
+        "what its layers keep is not known. Compare the configuration with that of the model's publisher."
     )
 
 
@@ -203,7 +203,7 @@ def _source_values(cross: DynamicCache | None, index: int) -> int:
     """Return the values per token of an encoder's text that a layer keeps."""
     if cross is None or index >= len(cross.layers):
         return 0
-    held = cross.layers[index]
+    held: Any = cross.layers[index]
     return sum(x.shape[1] * x.shape[3] for x in (held.keys, held.values) if x is not None)
 
 
