@@ -88,7 +88,7 @@ def plan(
 
         show(result)
     if plot_file is not None:
-        _draw(f"{model}: {load.batch} x context", sizes, plans, load, room, plot_file)
+        _draw(f"{Path(model).name}: memory against context", sizes, plans, load, room, plot_file)
     _write_plan(plan_file, result, plans)
     if refused:
         reasons = "; ".join(sorted({kind["reason"] for kind in result["layers"]}))

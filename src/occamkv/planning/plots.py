@@ -18,7 +18,8 @@ from occamkv.planning.units import size_text, tokens_text
 from occamkv.planning.workload import Workload
 
 _POINTS_PER_OCTAVE = 8
-_FIRST = 1024
+_FIRST = 4096
+_APART = 0.055  # of the axis, between names
 
 
 def draw(
@@ -57,7 +58,7 @@ def draw(
         _name_lines(axes, curves, room, top)
         _finish(axes, [tick for tick in ticks if tick & (tick - 1) == 0 and tick >= _FIRST] or ticks)
         figure.text(0.09, 0.93, title, fontsize=12, fontweight="bold")
-        figure.text(0.09, 0.04, _caption(load, room), fontsize=8.5, color=drawing.MUTED)
+        figure.text(0.09, 0.025, _caption(load, room), fontsize=8.5, color=drawing.MUTED, linespacing=1.4)
         drawing.save_png(figure, path)
 
 
@@ -79,15 +80,14 @@ def _height(curves: Mapping[str, list[int]], room: Room) -> float:
 
 def _name_lines(axes: Axes, curves: Mapping[str, list[int]], room: Room, top: float) -> None:
     """Write names to the right of the lines' ends, apart from each other, and those of base and memory."""
-    wanted = sorted((min(values[-1] / 2**30, top), number) for number, values in enumerate(curves.values()))
-    at, names = -top, list(curves)
-    for height, number in wanted:
-        at = max(height, at + 0.055 * top)
+    wanted = sorted((min(values[-1] / 2**30 / top, 1.0), number) for number, values in enumerate(curves.values()))
+    names = list(curves)
+    for at, (_, number) in zip(_apart([height for height, _ in wanted]), wanted, strict=True):
         name = names[number]
         beyond = curves[name][-1] / 2**30 > top
         axes.annotate(
             f"{name} (to {size_text(curves[name][-1])})" if beyond else name,
-            (1, at / top),
+            (1, at),
             xycoords="axes fraction",
             xytext=(6, 0),
             textcoords="offset points",
@@ -99,6 +99,20 @@ def _name_lines(axes: Axes, curves: Mapping[str, list[int]], room: Room, top: fl
     _beside(axes, f"{base} {size_text(room.weights + room.reserve)}", (room.weights + room.reserve) / 2**30 / top, -4)
     if room.memory is not None:
         _beside(axes, f"memory {size_text(room.memory)}", room.memory / 2**30 / top, 3)
+
+
+def _apart(heights: list[float]) -> list[float]:
+    """Move ascending heights, shares of the axis, apart from each other; those too close share their middle."""
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _foot(groups[-1]) < _foot(groups[-2]) + len(groups[-2]) * _APART:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_foot(group) + index * _APART for group in groups for index in range(len(group))]
+
+
+def _foot(group: list[float]) -> float:
+    return sum(group) / len(group) - (len(group) - 1) * _APART / 2
 
 
 def _beside(axes: Axes, label: str, height: float, points: int) -> None:
@@ -129,6 +143,6 @@ def _caption(load: Workload, room: Room) -> str:
     batch = f"{load.batch} sequences" if load.batch > 1 else "One sequence"
     pieces = "in one piece" if load.chunk is None else f"in pieces of {tokens_text(load.chunk)} tokens"
     return (
-        f"{batch}, the prompt read {pieces}; the peak while it is read. Activations and the runtime are not counted"
+        f"{batch}, the prompt read {pieces}; the peak while it is read.\nActivations and the runtime are not counted"
         + ("." if room.reserve else ": leave a reserve.")
     )

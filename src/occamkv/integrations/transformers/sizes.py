@@ -138,6 +138,8 @@ def _run(model: PreTrainedModel) -> tuple[DynamicCache, DynamicCache | None, set
             held = own.layers[index]
             if getattr(held, "keys", None) is key and getattr(held, "values", None) is value:
                 direct.add(index)
+        if query.shape[1] % key.shape[1]:
+            raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} KV heads")
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     AttentionInterface.register(_NAME, attention)
