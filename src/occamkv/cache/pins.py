@@ -17,6 +17,9 @@ from occamkv.methods import Method
 from occamkv.methods.pinning import Pinning
 from occamkv.ops.outliers import lowest, outliers
 
+PIN_SLOTS = 8
+"""Room for found pins grows by so many tokens."""
+
 _FREE_PINS = 4
 _BEHIND = 2**62
 _MOST_PINS = 0.02  # of the tokens judged so far, beside the free ones
@@ -73,6 +76,14 @@ def split(x: Tensor, taken: Sequence[int]) -> tuple[Tensor, Tensor]:
         return x[:, :, : len(taken)], x[:, :, len(taken) :]
     rest = sorted(set(range(x.shape[2])).difference(taken))
     return x[:, :, list(taken)], x[:, :, rest]
+
+
+def most_slots(method: Method, tokens: int) -> int:
+    """Return for how many pinned tokens a sequence of `tokens` tokens has room at most."""
+    sure = method.pin_slots
+    if not method.pinning.judges or not method.packed_tokens(tokens):
+        return sure
+    return sure + int(_FREE_PINS + _MOST_PINS * tokens) + PIN_SLOTS - 1
 
 
 def skips(pins: Sequence[int]) -> list[int]:

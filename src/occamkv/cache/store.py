@@ -22,8 +22,6 @@ from occamkv.kernels import Backend, FullTokens, PackedTokens
 from occamkv.kernels.contract import positions_of
 from occamkv.methods import Method
 
-_PIN_SLOTS = 8  # room for found pins grows by so many
-
 
 class Store:
     """Pins, pages and residual of B sequences of one layer.
@@ -181,7 +179,7 @@ class Store:
         span = slice(rows.start, rows.stop)
         slots = slice(row.pinned, row.pinned + len(change.pins))
         if slots.stop > self.pin_k.shape[2]:
-            room = -(-(slots.stop - self.pin_k.shape[2]) // _PIN_SLOTS) * _PIN_SLOTS
+            room = -(-(slots.stop - self.pin_k.shape[2]) // pins.PIN_SLOTS) * pins.PIN_SLOTS
             self.pin_k, self.pin_v = (torch.nn.functional.pad(p, (0, 0, 0, room)) for p in (self.pin_k, self.pin_v))
         self.pin_k[span, :, slots], self.pin_v[span, :, slots] = change.pin_k, change.pin_v
         done = row.packed if change.records is None else self._write(change.records, rows, row.packed)

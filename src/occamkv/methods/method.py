@@ -219,18 +219,29 @@ class Method:
             return 0
         return ((rest - PAGE_TOKENS) // self.flush_tokens + 1) * self.flush_tokens
 
+    def held_tokens(self, tokens: int) -> int:
+        """Return how many of them have not left the window."""
+        packed = self.packed_tokens(tokens)
+        return packed - self.dropped_tokens(packed) if packed else 0
+
     def nbytes(self, tokens: int, *, kv_heads: int, head_dim: int, dtype_bytes: int = 2) -> int:
         """Return the bytes that one layer allocates for one sequence of `tokens` tokens, residual and pins included.
 
         Room for pins that are found (`+found`, `detected`) is not foretold.
         """
+        return sum(self.parts(tokens, kv_heads=kv_heads, head_dim=head_dim, dtype_bytes=dtype_bytes).values())
+
+    def parts(self, tokens: int, *, kv_heads: int, head_dim: int, dtype_bytes: int = 2) -> dict[str, int]:
+        """Return `nbytes` by what takes them: `packed` (records, norms, super-scales), `residual`, `pins`."""
         per_token = 2 * kv_heads * head_dim * dtype_bytes
         if self.format is None:
-            return tokens * per_token
-        count = self.packed_tokens(tokens)
-        pages = -(-(count - self.dropped_tokens(count)) // PAGE_TOKENS)
-        packed = pages * self.format.page_bytes(kv_heads=kv_heads, head_dim=head_dim)
-        return packed + (self.residual_tokens + self.pin_slots) * per_token
+            return {"packed": 0, "residual": tokens * per_token, "pins": 0}
+        pages = -(-self.held_tokens(tokens) // PAGE_TOKENS)
+        return {
+            "packed": pages * self.format.page_bytes(kv_heads=kv_heads, head_dim=head_dim),
+            "residual": self.residual_tokens * per_token,
+            "pins": self.pin_slots * per_token,
+        }
 
     def encode(
         self,

@@ -79,21 +79,14 @@ def build_layers(
             f"min_tokens is {min_tokens} and balance names layers {strange} that are not packed; "
             "allowed: min_tokens of at least 0, and vectors for packed layers alone."
         )
-    if len(plan.layers) != len(layers) or (plan.fingerprint and plan.fingerprint != fingerprint(text)):
-        raise CacheMismatch(
-            f"the plan has {len(plan.layers)} layers and fingerprint {plan.fingerprint!r}, the model {len(layers)} and "
-            f"{fingerprint(text)!r}. Make a plan for this model."
-        )
+    check_plan(plan, text, layers)
     dials = {
         each: Dial(each, count) for each, count in Counter(entry.method.budget for entry in plan.layers).items() if each
     }
-    shares = bool(getattr(text, "num_kv_shared_layers", 0)) or any("Dummy" in type(layer).__name__ for layer in layers)
+    shares = shares_layers(text, layers)
     for entry in plan.layers:
         if not entry.packs:
             continue
-        reason = _not_packed(layers[entry.index], text)
-        if reason is not None:
-            raise UnsupportedInput(f"the plan packs layer {entry.index}, but it cannot be packed: {reason}.")
         own = (statistics or {}).get(entry.index)
         _check_statistics(entry, own)
         packed = layers[entry.index] = PackedLayer(
@@ -106,6 +99,36 @@ def build_layers(
         if isinstance(layer, PackedLayer):
             layer.shared = shared
     return layers
+
+
+def check_plan(plan: Plan, config: Any, layers: Sequence[Any] | None = None) -> None:
+    """Refuse a plan that is not for this model.
+
+    Args:
+        plan: The plan.
+        config: The model's configuration.
+        layers: The layers of its cache, if they were made already.
+
+    Raises:
+        CacheMismatch: The plan was made for another model.
+        UnsupportedInput: The plan packs a layer that cannot be packed.
+    """
+    text = text_config(config)
+    layers = _dynamic_layers(text) if layers is None else layers
+    if len(plan.layers) != len(layers) or (plan.fingerprint and plan.fingerprint != fingerprint(text)):
+        raise CacheMismatch(
+            f"the plan has {len(plan.layers)} layers and fingerprint {plan.fingerprint!r}, the model {len(layers)} and "
+            f"{fingerprint(text)!r}. Make a plan for this model."
+        )
+    for entry in plan.layers:
+        reason = _not_packed(layers[entry.index], text) if entry.packs else None
+        if reason is not None:
+            raise UnsupportedInput(f"the plan packs layer {entry.index}, but it cannot be packed: {reason}.")
+
+
+def shares_layers(text: Any, layers: Sequence[Any]) -> bool:
+    """Tell whether some layers of a model read the K and V of others, so that one K and V is read several times."""
+    return bool(getattr(text, "num_kv_shared_layers", 0)) or any("Dummy" in type(each).__name__ for each in layers)
 
 
 def current_plan(plan: Plan, layers: Sequence[Any]) -> Plan:
