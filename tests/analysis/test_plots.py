@@ -88,12 +88,41 @@ def test_positions_stand_on_an_axis_that_makes_room_for_the_first_tokens():
 def test_slopes_are_errors_over_that_of_k_as_it_is_with_their_median():
     layers = low_norm_result()["layers"]
     axes = drawn(lambda axes: plots.slopes(axes, layers, limits=LIMITS))
-    order = ("none", "token_scale", "rotation", "rotation+token_scale", "balanced+token_scale")
+    order = ("none", "rotation", "token_scale", "rotation+token_scale", "balanced+token_scale")
     assert heights(axes, points=5) == [
         pytest.approx([layer["errors"][name] / layer["errors"]["none"] for name in order]) for layer in layers
     ]
     both = median(layer["errors"]["rotation+token_scale"] for layer in layers) / 0.4
-    assert [note.get_text() for note in axes.texts] == ["1.00", "0.75", "0.90", f"{both:.2f}", "0.25"]
+    said = [note.get_text() for note in axes.texts if note.get_text()]
+    assert said[-1] == f"rotation \N{DIVISION SIGN}{0.75 / both:.1f}"
+    assert said[:-1] == ["1.00", "0.90", "0.75", f"{both:.2f}", "0.25"]
+
+
+def test_a_rotation_that_harms_is_told_as_a_factor_and_in_another_colour():
+    def told(layers):
+        axes = drawn(lambda axes: plots.slopes(axes, layers, limits=LIMITS))
+        return axes.texts[-1].get_text(), axes.texts[-1].get_color()
+
+    harm, help_ = told(even_norm_result()["layers"][1::2]), told(low_norm_result()["layers"])
+    assert harm[0] == "rotation \N{MULTIPLICATION SIGN}3.9"
+    assert harm[1] != help_[1]
+
+
+def test_the_gain_of_rotation_stands_over_its_overlap():
+    layers = low_norm_result()["layers"]
+    for layer, overlap, gain in zip(layers, (0.1, 0.5, 1.2, 2.0), (0.3, 0.6, 1.5, 2.0), strict=True):
+        layer |= {"query_overlap": overlap, "rotation_gain": gain}
+    layers[2]["packs"] = False
+    axes = drawn(lambda axes: plots.overlaps(axes, layers, limits=LIMITS, span=LIMITS))
+    marks = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks] == [
+        (0.1, 0.3),
+        (0.5, 0.6),
+        (1.2, 1.5),
+        (2, 2),
+    ]
+    assert [line.get_markerfacecolor() == "none" for line in marks] == [False, False, True, False]
+    assert marks[0].get_markeredgecolor() == marks[1].get_markeredgecolor() != marks[3].get_markeredgecolor()
 
 
 @pytest.mark.parametrize("errors", [None, {}, {"none": 0.0, "rotation": 1.0}, {"rotation": 1.0}])
@@ -104,7 +133,7 @@ def test_without_an_error_of_k_as_it_is_there_are_no_ratios(errors):
 def test_a_missing_error_is_left_out_not_drawn_as_zero():
     layer = low_norm_result()["layers"][0]
     layer["errors"]["balanced+token_scale"] = None
-    assert list(error_ratios(layer)) == ["none", "token_scale", "rotation", "rotation+token_scale"]
+    assert list(error_ratios(layer)) == ["none", "rotation", "token_scale", "rotation+token_scale"]
     axes = drawn(lambda axes: plots.errors_by_layer(axes, [layer], limits=LIMITS))
     assert sorted(ys[0] for ys in heights(axes, points=1)) == pytest.approx([0.2, 0.3, 0.36, 0.4])
 

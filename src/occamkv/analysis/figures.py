@@ -45,7 +45,7 @@ def first_look(results: Sequence[Shown]) -> str:
     return _pairs(results, norms, slopes) + note(
         "Each grey line is a packed layer; all axes are logarithmic. Norms: further on in the text a line shows the "
         "mean of ever longer ranges; dots are sinks, orange below half of the median. Errors: of the attention output "
-        "with K in 2 bits, over the error with K as it is; bars are medians."
+        "with K in 2 bits over that with K as it is; bars are medians, the arrow is what a rotation does to scaled K."
     )
 
 
@@ -88,7 +88,9 @@ def why_section(results: Sequence[Shown]) -> str:
         layers = _explained(one)
         title = f"{one.label}: gain of rotation by overlap of {len(layers)} layers"
         more = "each dot a layer" + ("" if all(layer["packs"] for layer in layers) else "; hollow: not packed")
-        svg = _figure(layers, title, lambda axes: plots.overlaps(axes, layers, limits=gains, span=span))
+        svg = _figure(
+            layers, title, lambda axes: plots.overlaps(axes, layers, limits=gains, span=span), plots.LEGEND_ABOVE
+        )
         return "Gain of rotation", more, svg
 
     def errors(one: Shown) -> tuple[str, str, str]:

@@ -32,6 +32,7 @@ from occamkv.analysis.columns import (
 )
 from occamkv.analysis.tables import SETTINGS
 from occamkv.drawing import GRID, INK, MUTED, OTHERS, house_style, light, positive, svg
+from occamkv.html import printable
 
 Fill = Callable[[Axes], None]
 
@@ -79,6 +80,7 @@ LINES, MAP, LEGEND_ABOVE, SMALL = (
 
 def figure(title: str, fill: Fill, size: Size = LINES) -> str:
     """Return an SVG that `fill` has drawn; `title` is what a reader who cannot see it is told."""
+    title = printable(title)
     width, height, left, bottom, right, top, letters = size
     with house_style(title, size=letters):
         drawn = Figure(figsize=(width / 72, height / 72))
@@ -131,11 +133,32 @@ def slopes(axes: Axes, layers: Sequence[Layer], *, limits: tuple[float, float]) 
                 fontsize=12,
                 zorder=4,
             )
+    if {"token_scale", "rotation+token_scale"} <= set(middles):
+        _step(axes, median(middles["token_scale"]), median(middles["rotation+token_scale"]))
     axes.set_xlim(-0.5, len(SETTINGS) - 0.5)
     axes.xaxis.set_major_locator(FixedLocator(range(len(SETTINGS))))
     axes.set_xticklabels([label.replace(", ", ",\n") for label in SETTINGS.values()])
     _ratio_axis(axes, limits)
     axes.set_ylabel("error / that of K as it is")
+
+
+def _step(axes: Axes, scaled: float, both: float) -> None:
+    """Draw what a rotation does to what is scaled already, as an arrow from the one bar to the other."""
+    at = list(SETTINGS).index("token_scale")
+    shade = _LOW if both > scaled else _ORDINARY
+    arrow = {"arrowstyle": "-|>", "color": shade, "lw": 2.2, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (at + 0.72, both), xytext=(at + 0.3, scaled), arrowprops=arrow, zorder=4)
+    sign, factor = ("\N{MULTIPLICATION SIGN}", both / scaled) if both > scaled else ("\N{DIVISION SIGN}", scaled / both)
+    x, y = (at + 0.42, (both * scaled) ** 0.5) if both > scaled else (at + 0.75, scaled * 1.5)
+    axes.text(
+        x,
+        y,
+        f"rotation {sign}{factor:.1f}",
+        color=shade,
+        ha="right" if both > scaled else "center",
+        fontweight="bold",
+        zorder=4,
+    )
 
 
 def errors_by_layer(axes: Axes, layers: Sequence[Layer], *, limits: tuple[float, float]) -> None:
@@ -197,6 +220,8 @@ def overlaps(axes: Axes, layers: Sequence[Layer], *, limits: tuple[float, float]
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
+    for height, said, shade in ((0.95, "rotation helps", _ORDINARY), (0.05, "rotation harms", _LOW)):
+        axes.text(0.02, height, said, transform=axes.transAxes, va="center", color=shade, fontweight="bold")
     axes.set_xlabel("overlap of queries with K's variance")
     axes.set_ylabel("gain of rotation")
 

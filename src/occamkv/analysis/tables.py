@@ -14,8 +14,8 @@ ABSENT = "\N{EN DASH}"
 
 SETTINGS = {
     "none": "as it is",
-    "token_scale": "scaled",
     "rotation": "rotated",
+    "token_scale": "scaled",
     "rotation+token_scale": "rotated, scaled",
     "balanced+token_scale": "balanced, rotated, scaled",
 }
@@ -51,11 +51,7 @@ def visible(token: object) -> str:
 def _seen(character: str) -> str:
     if character <= " ":
         return "\N{OPEN BOX}" if character == " " else chr(_SYMBOLS + ord(character))
-    return (
-        character
-        if character.isprintable()
-        else f"\N{MATHEMATICAL LEFT ANGLE BRACKET}U+{ord(character):04X}\N{MATHEMATICAL RIGHT ANGLE BRACKET}"
-    )
+    return character if character.isprintable() else f"[U+{ord(character):04X}]"
 
 
 def measured(value: Any) -> bool:
@@ -149,7 +145,7 @@ def layers_section(results: Sequence[Shown]) -> str:
 
 def _layers(result: Shown) -> str:
     heads = ["Layer", "Heads", "K norm,<br>min", "K norm,<br>max", "in<br>groups", "V norm,<br>min", "Sink<br>rate"]
-    heads += [_wrapped("Sinks at"), "Latent", "Cosine", "Massive", "Bound", "Measured"]
+    heads += [_wrapped("Sinks at"), "Latent", "Cosine", "Massive", number("Bound", "measured")]
     keys = ["token_norm_min_over_median", "token_norm_max_over_median", "token_norm_group_ratio"]
     keys += ["v_norm_min_over_median", "sink_rate"]
     rows = [
@@ -161,8 +157,7 @@ def _layers(result: Shown) -> str:
             ABSENT if layer.get("latent_positions") is None else f"{len(layer['latent_positions']):,}",
             shown(layer.get("key_cosine")),
             shown(layer.get("massive_max_over_median"), ",.0f"),
-            shown(layer.get("error_bound"), ".3g"),
-            shown(layer.get("error_measured"), ".3g"),
+            number(shown(layer.get("error_bound"), ".3g"), shown(layer.get("error_measured"), ".3g")),
         ]
         for layer in result.layers
     ]
@@ -177,7 +172,7 @@ def advice_section(results: Sequence[Shown]) -> str:
         "(the paper), and both after balancing; the least is bold. Gain: by how much rotation divides the error of "
         "what is scaled, and scale that of what is rotated. Overlap: whether queries look where K varies (1 is even).",
         *(_each(results, _advice)),
-        note(f"{ABSENT} stands where nothing was measured; pale layers are not packed."),
+        note(f"{ABSENT} stands where nothing was measured; pale layers are not packed. Open an advice to read why."),
     )
 
 
@@ -195,13 +190,15 @@ def _advice(result: Shown) -> str:
 
 
 def _told(advice: Mapping[str, Any]) -> str:
-    """Return the method with pins and overrides, and the reason below."""
+    """Return the method with pins and overrides, and the reason folded below."""
     if not advice.get("method"):
         return ABSENT
-    more = [f"pins {text(advice['pins'])}"] if advice.get("pins") else []
+    more = [f"pins {text(advice['pins'])}"] if advice.get("pins", "none") not in ("none", None) else []
     more += [f"{text(key)} = {text(value)}" for key, value in (advice.get("overrides") or {}).items()]
     named = ", ".join([code(advice["method"]), *more])
-    return f'<span class="why">{named}<small>{text(advice.get("why") or "")}</small></span>'
+    if not advice.get("why"):
+        return f'<span class="why">{named}</span>'
+    return f'<details class="why"><summary>{named}</summary><small>{text(advice["why"])}</small></details>'
 
 
 def _named(layer: Mapping[str, Any]) -> str:
