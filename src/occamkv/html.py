@@ -67,11 +67,23 @@ svg *{stroke-linejoin:round;stroke-linecap:butt}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(205px,1fr));gap:18px 12px}
 .panels figure{align-self:end}
 .scroll+svg{margin-top:20px}
+.pair{display:grid;grid-template-columns:repeat(var(--columns,2),minmax(0,1fr));gap:24px 20px;align-items:end}
+.pair figcaption{font-size:13px;line-height:1.4;margin:0 0 6px;color:var(--muted);overflow-wrap:anywhere}
+.pair figcaption b{display:block;font-size:15px;color:var(--ink)}
+.pair>div{align-self:start}
+.said{margin-bottom:8px;max-width:76ch}
+.said b{font-size:17px}
+.why{display:block;max-width:300px;white-space:normal;text-align:left}
+details{margin-top:16px}
+summary{cursor:pointer;font-weight:650;font-size:14px}
+td details{margin:0;min-width:180px}
+td summary{font-weight:400;font-size:inherit}
 .panels figcaption{font-size:12.5px;line-height:1.3;margin:0 0 3px;overflow-wrap:anywhere}
 footer{margin-top:44px;padding-top:12px;border-top:1px solid var(--line);color:var(--muted);font-size:13px}
 @media(max-width:760px){table{font-size:12px}th,td{padding:6px 5px}small{font-size:10.5px}tbody th{min-width:104px}}
+@media(max-width:620px){.pair{grid-template-columns:minmax(0,1fr)}}
 @media(max-width:560px){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:6px}}
-@media print{main{max-width:none;padding:0}section{break-inside:avoid}}
+@media print{main{max-width:none;padding:0}section,figure,tr{break-inside:avoid}}
 """
 
 
