@@ -9,7 +9,7 @@ from occamkv.kernels.cpu import library
 from occamkv.ops.rope import KeyBias
 
 MAX_POSITIONS = 2**24
-"""The coarse table takes a page's bytes per pair for each 128 positions: 16 MB for 16 pairs at this many."""
+"""The tables take 8 bytes per pair for each 128 positions: 16 MB for 16 pairs at this many."""
 
 _LANES = 16
 
