@@ -85,9 +85,15 @@ def attend(
     scale = head_dim**-0.5 if scale is None else scale
     queries = (rotated * scale).unflatten(1, (kv_heads, -1))
     running = _Running.start(queries, sinks)
-    biased = None if key_bias is None else _Biased(key_bias, (q.float() * scale).unflatten(1, (kv_heads, -1)))
-    view = _View(q_positions, mask, window, softcap, biased)
+    if key_bias is not None and not len(key_bias.rotary.frequencies):
+        key_bias = None
+    if key_bias is not None:
+        in_model_space = (q.float() * scale).unflatten(1, (kv_heads, -1))
+        queries = torch.cat((queries, *_biased_queries(in_model_space, key_bias)), dim=-1)
+    view = _View(q_positions, mask, window, softcap)
     for block in _blocks(packed, full, read):
+        if key_bias is not None:
+            block = block._replace(k=_biased_keys(block, key_bias))
         rows = block.k.shape[0] * block.k.shape[1] * block.k.shape[2] * block.k.shape[3]
         step = max(1, _LOGITS // max(1, rows * queries.shape[2]))
         for first in range(0, length, step):
@@ -114,21 +120,31 @@ class _Running(NamedTuple):
         return _Running(largest, largest.isfinite().to(queries.dtype), torch.zeros_like(queries))
 
 
-class _Biased(NamedTuple):
-    """A key bias and the scaled queries in model space that meet it, float32 `[B, H, g, Tq, D]`."""
+def _biased_queries(q: Tensor, key_bias: KeyBias) -> tuple[Tensor, Tensor]:
+    """Return 2 P more channels of queries `[B, H, g, Tq, D]`, which meet the cosines and sines of `_biased_keys`.
 
-    key_bias: KeyBias
-    queries: Tensor
+    In the plane of a pair, `q . turn(b, t) = (q1 b1 + q2 b2) cos(t f) + (q2 b1 - q1 b2) sin(t f)`.
+    """
+    channels = (key_bias.rotary.first, key_bias.rotary.second)
+    (q1, q2), (b1, b2) = ([x[..., own] for own in channels] for x in (q, key_bias.vector.to(q)[:, None, None]))
+    return q1 * b1 + q2 * b2, q2 * b1 - q1 * b2
+
+
+def _biased_keys(block: "_Block", key_bias: KeyBias) -> Tensor:
+    """Return K of a block with 2 P more channels: cosines and sines of what the bias is turned by at each position."""
+    angles = block.positions[..., None].double() * key_bias.rotary.frequencies.to(block.k.device)
+    waves = torch.cat((angles.cos(), angles.sin()), dim=-1).float()  # [rows, n * L, 2 P]
+    waves = waves.unflatten(1, (block.k.shape[1], -1))[:, :, None].expand(-1, -1, block.k.shape[2], -1, -1)
+    return torch.cat((block.k, waves), dim=-1)
 
 
 class _View(NamedTuple):
-    """What a query may see, what comes to its logits, and how they are bent."""
+    """What a query may see, and how logits are bent."""
 
     q_positions: Tensor
     mask: Tensor | None
     window: int | None
     softcap: float | None
-    biased: _Biased | None
 
 
 class _Block(NamedTuple):
@@ -147,9 +163,6 @@ def _add_block(running: _Running, queries: Tensor, block: _Block, view: _View, s
     folded = q.flatten(2, 3)[:, None]  # [rows, 1, H, g * Tq, D]
     logits = folded @ block.k.transpose(-1, -2)  # [rows, n, H, g * Tq, L]
     logits = logits.permute(0, 2, 3, 1, 4).flatten(3).unflatten(2, q.shape[2:4])  # [rows, H, g, Tq, n * L]
-    if view.biased is not None:
-        model = view.biased.queries[rows, :, :, steps].flatten(2, 3)
-        logits = logits + (model @ view.biased.key_bias.rows(block.positions).mT).view_as(logits)
     if view.softcap is not None:
         logits = torch.tanh(logits / view.softcap) * view.softcap
     if block.logit_bias is not None:

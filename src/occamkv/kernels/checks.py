@@ -52,8 +52,7 @@ def check_attend(
         _check_tensor("balance", balance, q, shape=(kv_heads, head_dim))
     _check_block(hadamard_block, head_dim)
     if key_bias is not None:
-        _check_tensor("the vector of key_bias", key_bias.vector, q, shape=(kv_heads, head_dim))
-        check_key_bias(key_bias)
+        check_key_bias(key_bias, q, kv_heads)
     return kv_heads
 
 
@@ -64,9 +63,10 @@ def check_of_heads(name: str, x: Tensor, q: Tensor) -> None:
     _check_tensor(name, x, q, shape=tuple(x.shape))
 
 
-def check_key_bias(key_bias: KeyBias) -> None:
-    """Raise `UnsupportedInput` unless pairs are channels of the vector, each once, and all numbers are finite."""
+def check_key_bias(key_bias: KeyBias, x: Tensor, kv_heads: int) -> None:
+    """Raise `UnsupportedInput` unless a bias fits tensors `[..., D]` like x and holds finite numbers in its pairs."""
     rotary, vector = key_bias.rotary, key_bias.vector
+    _check_tensor("the vector of key_bias", vector, x, shape=(kv_heads, x.shape[-1]))
     pairs = [len(x) for x in (rotary.frequencies, rotary.first, rotary.second)]
     channels = torch.cat((rotary.first, rotary.second)).cpu()
     outside = channels.numel() > 0 and not 0 <= int(channels.min()) <= int(channels.max()) < vector.shape[-1]

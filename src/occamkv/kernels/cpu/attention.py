@@ -14,6 +14,7 @@ from occamkv.kernels.checks import check_attend
 from occamkv.kernels.contract import FullTokens, PackedTokens
 from occamkv.kernels.cpu import library
 from occamkv.kernels.cpu.encoding import decode_pages
+from occamkv.kernels.cpu.key_bias import turns_of
 from occamkv.kernels.cpu.layouts import EVERYTHING, full_struct, mask_struct, packed_struct
 from occamkv.kernels.cpu.structs import readable, view_of
 from occamkv.ops.rope import KeyBias
@@ -62,7 +63,7 @@ def attend(
     batch, query_heads, queries, head_dim = q.shape
     _check_place(q)
     packed_tokens = None if packed is None else packed_struct(packed, batch, keep)
-    if q.shape[2] > MAX_QUERIES or key_bias is not None or any(part.logit_bias is not None for part in full):
+    if q.shape[2] > MAX_QUERIES:
         return blockwise.attend(
             q,
             q_positions=q_positions,
@@ -83,6 +84,7 @@ def attend(
     out = torch.empty((batch, queries, query_heads, head_dim), dtype=given.dtype).transpose(1, 2)
     parts = [full_struct(part, batch, keep) for part in full]
     places = q_positions.to(torch.int64).contiguous()
+    turns = turns_of(key_bias)
     vectors = [None if x is None else x.to(torch.float32).contiguous() for x in (sinks, balance)]
     call = library.Attend(
         q=view_of(given),
@@ -99,6 +101,7 @@ def attend(
         mask=None if mask is None else pointer(mask_struct(mask, keep)),
         sinks=None if vectors[0] is None else vectors[0].data_ptr(),
         balance=None if vectors[1] is None else vectors[1].data_ptr(),
+        key_bias=None if turns is None else pointer(turns.up_to(_positions(packed, full))),
         scale=head_dim**-0.5 if scale is None else scale,
         softcap=softcap or 0.0,
         window=EVERYTHING if window is None else min(window, EVERYTHING),
@@ -108,6 +111,15 @@ def attend(
     )
     library.run(call)
     return out.to(q.dtype)
+
+
+def _positions(packed: PackedTokens | None, full: Sequence[FullTokens]) -> int:
+    """Return a number above the positions of all tokens."""
+    furthest = [int(part.positions.max()) for part in full if part.positions.numel()]
+    if packed is not None and packed.lengths.numel():
+        pinned = 0 if packed.skips is None else packed.skips.shape[1]
+        furthest.append(int((packed.first_position + packed.lengths).max()) + pinned - 1)
+    return max(furthest, default=-1) + 1
 
 
 def _check_place(q: Tensor) -> None:

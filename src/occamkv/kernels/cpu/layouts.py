@@ -94,8 +94,11 @@ def full_struct(part: FullTokens, batch: int, keep: list[object]) -> library.Ful
     """Describe tokens in full precision; what the description points at goes to `keep`."""
     k, v = readable(part.k), readable(part.v)
     positions = _numbers(part.positions, (batch, k.shape[2]), "positions").contiguous()
-    keep += [k, v, positions]
-    return library.Full(view_of(k), view_of(v), k.shape[2], positions.data_ptr())
+    added = None if part.logit_bias is None else part.logit_bias.to(torch.float32).contiguous()
+    keep += [k, v, positions, added]
+    return library.Full(
+        view_of(k), view_of(v), k.shape[2], positions.data_ptr(), None if added is None else added.data_ptr()
+    )
 
 
 def mask_struct(mask: Tensor, keep: list[object]) -> library.Mask:

@@ -12,7 +12,7 @@ from pathlib import Path
 import occamkv.kernels.cpu
 from occamkv.errors import BackendUnavailable, UnsupportedInput
 
-ABI = 1
+ABI = 2
 """The number in `native/api.h`; it changes with every struct or function."""
 
 F32: int = 0
@@ -102,7 +102,24 @@ class View(ctypes.Structure):
 class Full(ctypes.Structure):
     """`okv_full`: tokens in full precision."""
 
-    _fields_ = (("k", View), ("v", View), ("tokens", c_int64), ("positions", c_void_p))
+    _fields_ = (("k", View), ("v", View), ("tokens", c_int64), ("positions", c_void_p), ("logit_bias", c_void_p))
+
+
+class KeyBias(ctypes.Structure):
+    """`okv_key_bias`: what K lies without and logits get back."""
+
+    _fields_ = (
+        ("pairs", c_int64),
+        ("lanes", c_int64),
+        ("reach", c_int64),
+        ("frequencies", c_void_p),
+        ("first", c_void_p),
+        ("second", c_void_p),
+        ("vector", c_void_p),
+        ("coarse", c_void_p),
+        ("fine", c_void_p),
+        ("fine_columns", c_void_p),
+    )
 
 
 class Mask(ctypes.Structure):
@@ -138,6 +155,7 @@ class Attend(ctypes.Structure):
         ("mask", POINTER(Mask)),
         ("sinks", c_void_p),
         ("balance", c_void_p),
+        ("key_bias", POINTER(KeyBias)),
         ("scale", c_float),
         ("softcap", c_float),
         ("window", c_int64),
@@ -207,6 +225,7 @@ class Step(ctypes.Structure):
         ("ring_slots", c_int64),
         ("pin_slots", c_int64),
         ("pin_positions", c_void_p),
+        ("pin_logit_bias", c_void_p),
         ("packed_tokens", c_void_p),
         ("residual", c_void_p),
         ("due", c_void_p),

@@ -1,15 +1,17 @@
 """Whole decode steps: what does not change from step to step is described once, the rest is one native call."""
 
 from collections.abc import Sequence
-from ctypes import addressof, c_int64
+from ctypes import addressof, c_int64, pointer
 
 import torch
 from torch import Tensor
 
 from occamkv import ops
+from occamkv.kernels.checks import check_key_bias, check_of_heads
 from occamkv.kernels.contract import StepLayer
 from occamkv.kernels.cpu import library
 from occamkv.kernels.cpu.encoding import encode_struct
+from occamkv.kernels.cpu.key_bias import turns_of
 from occamkv.kernels.cpu.layouts import EVERYTHING, full_struct, slab_structs
 from occamkv.kernels.cpu.structs import layout_of, readable, view_of
 
@@ -26,6 +28,9 @@ class LayerStep:
         numbers = [number for row in layer.tables for number in [*row, *[0] * (width - len(row))]]
         array = slab_structs(layer.slabs, layer.starts, form.record_bytes)
         pins = full_struct(layer.pins, batch, self._keep)
+        if layer.key_bias is not None:
+            check_key_bias(layer.key_bias, layer.ring[0], kv_heads)
+        self._turns, self._leaning, self._positions = turns_of(layer.key_bias), layer.pins.logit_bias, _positions(layer)
         balance, feedback = (
             None if x is None else x.to(torch.float32).contiguous() for x in (layer.balance, layer.feedback)
         )
@@ -65,6 +70,7 @@ class LayerStep:
             ring_slots=slots,
             pin_slots=pins.tokens,
             pin_positions=pins.positions,
+            pin_logit_bias=pins.logit_bias,
             packed_tokens=packed.data_ptr(),
             residual=addressof(self.residual),
             encode=encode,
@@ -91,6 +97,8 @@ class LayerStep:
         wanted = torch.tensor(due, dtype=torch.int64) if any(due) else self._nothing_due
         described = (query_heads, given.dtype, given.stride(), k.stride(), v.stride())
         if described != self._described:
+            if self._leaning is not None:
+                check_of_heads("logit_bias", self._leaning, q)
             attend.q, attend.out, call.k, call.v = view_of(given), view_of(out), view_of(k), view_of(v)
             self._described, attend.query_heads = described, query_heads
         else:
@@ -102,10 +110,21 @@ class LayerStep:
         attend.sinks = None if sinks is None else sinks.data_ptr()
         attend.threads = torch.get_num_threads()
         call.due = wanted.data_ptr()
+        if self._turns is not None:
+            attend.key_bias = pointer(self._turns.up_to(self._positions + 1))
         library.run(call)
+        self._positions += 1
         return out.to(q.dtype)
 
 
-def stepper(layer: StepLayer) -> LayerStep | None:
-    """Return what runs whole decode steps of a layer; None where biases have to be added to logits."""
-    return LayerStep(layer) if layer.key_bias is None and layer.pins.logit_bias is None else None
+def _positions(layer: StepLayer) -> int:
+    """Return a number above the positions of all tokens held."""
+    pinned = 0 if layer.skips is None else layer.skips.shape[1]
+    counts = zip(layer.first_position, layer.packed, layer.residual, strict=True)
+    pins = int(layer.pins.positions.max()) + 1 if layer.pins.positions.numel() else 0
+    return max([pins, *(pinned + sum(row) for row in counts)])
+
+
+def stepper(layer: StepLayer) -> LayerStep:
+    """Return what runs whole decode steps of a layer."""
+    return LayerStep(layer)

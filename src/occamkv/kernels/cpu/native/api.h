@@ -9,7 +9,7 @@
 #define OKV_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { OKV_ABI = 1 };         // raised with every change of a struct or a function
+enum { OKV_ABI = 2 };         // raised with every change of a struct or a function
 enum { OKV_PAGE_TOKENS = 128 };
 enum { OKV_MAX_HEAD_DIM = 256 };
 
@@ -62,6 +62,20 @@ struct okv_full {
   okv_tensor k, v;
   int64_t tokens;
   const int64_t *positions;  // [batch][tokens], -1 for an empty slot
+  const float *logit_bias;   // [query_heads], added to the logits of all these tokens, or null
+};
+
+// What K lies without and logits get back: see KeyBias in ops/rope.py. Pair p is a plane in which the bias turns by
+// frequencies[p] per position; `lanes` are the pairs rounded up to a multiple of 16, with zeros in the vector.
+struct okv_key_bias {
+  int64_t pairs, lanes;
+  int64_t reach;                 // the tables hold positions below this one
+  const double *frequencies;     // [pairs]
+  const int64_t *first, *second; // [pairs], channels
+  const float *vector;           // [kv_heads][2][lanes], its values in the first and the second channels
+  const float *coarse;           // [reach / 128][2][lanes]: cosines and sines of whole pages
+  const float *fine;             // [128][2][lanes]: of the tokens of a page
+  const float *fine_columns;     // [2][pairs][128]: the same, tokens side by side
 };
 
 // Any mask [batch or 1, heads or 1, queries, positions]; a stride of 0 repeats. OKV_BOOL, or additive.
@@ -81,6 +95,7 @@ struct okv_attend {
   const okv_mask *mask;  // or null: causal
   const float *sinks;    // [query_heads], or null
   const float *balance;  // d, [kv_heads][head_dim], or null: q is divided by it
+  const okv_key_bias *key_bias;  // or null
   float scale, softcap;  // softcap 0: none
   int64_t window;        // a query sees positions above its own minus this
   int32_t hadamard_block;         // 0: q is not rotated
@@ -119,7 +134,7 @@ struct okv_decode {
 };
 
 // One token of every sequence: it is rotated and put into the ring, read together with all others, and what is due is
-// packed into pages that are there already. Counts are brought up to date when everything has worked.
+// packed into pages that are there already. A key bias is taken out of it first. Counts are brought up to date when everything has worked.
 struct okv_step {
   okv_attend attend;  // queries 1; q_positions, packed, full and full_count are filled in by the call
   okv_packed packed;  // lengths are taken from the counts
@@ -127,6 +142,7 @@ struct okv_step {
   okv_tensor ring_k, ring_v, pin_k, pin_v;  // [batch, kv_heads, slots, head_dim] in cache space
   int64_t ring_slots, pin_slots;
   const int64_t *pin_positions;          // [batch][pin_slots], -1 for an empty slot
+  const float *pin_logit_bias;           // [query_heads], or null
   int64_t *packed_tokens, *residual;     // [batch], changed by the call
   const int64_t *due;                    // [batch]: tokens to be packed afterwards, whole records
   okv_encode encode;  // how records are made: layout, grid, clips, feedback; the rest is filled in by the call

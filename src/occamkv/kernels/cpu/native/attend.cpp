@@ -73,6 +73,28 @@ bool find_pages(const okv_packed &packed, int64_t batch, std::vector<Page> &page
   return true;
 }
 
+// All positions are in the tables of a key bias; false, with the error set, if one is not.
+bool check_reach(const okv_attend &a, int64_t reach) {
+  int64_t furthest = -1;
+  for (int64_t b = 0; b < a.batch; b++) {
+    if (a.packed && a.packed->lengths[b]) {
+      const int64_t first = position_of(*a.packed, b, 0), last = position_of(*a.packed, b, a.packed->lengths[b] - 1);
+      furthest = first < 0 ? reach : last > furthest ? last : furthest;
+    }
+    for (int64_t i = 0; i < a.full_count && furthest < reach; i++)
+      for (int64_t t = 0; t < a.full[i].tokens; t++) {
+        const int64_t position = a.full[i].positions[b * a.full[i].tokens + t];
+        furthest = position > furthest ? position : furthest;
+      }
+    if (furthest >= reach) {
+      set_error("a token of sequence %lld lies outside the %lld positions that the key bias was computed for",
+                (long long)b, (long long)reach);
+      return false;
+    }
+  }
+  return true;
+}
+
 void run_item(void *call, int64_t item) { kernels().attend_item(*(const Attention *)call, item); }
 void run_row(void *call, int64_t row) { kernels().attend_row(*(const Attention *)call, row); }
 
@@ -97,6 +119,7 @@ bool attend(const okv_attend &a) {
     call.pages = buffers.pages.data();
     call.page_stride = a.packed->table_width;
   }
+  if (a.key_bias && !check_reach(a, a.key_bias->reach)) return false;
   call.rows = a.query_heads / a.kv_heads * a.queries;
   call.chunks = (call.rows + MAX_ROWS - 1) / MAX_ROWS;
   call.splits = shares(a, call.chunks);

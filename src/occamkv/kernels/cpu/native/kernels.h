@@ -14,8 +14,9 @@ struct Kernels {
   void (*attend_item)(const Attention &call, int64_t item);
   // One row of the output: joins the shares of its pages.
   void (*attend_row)(const Attention &call, int64_t row);
-  // Rotate the new token of one sequence and KV head and put it into the ring.
-  void (*append_head)(const okv_step &call, int64_t batch, int64_t head);
+  // Rotate the new token of one sequence and KV head and put it into the ring, without the key bias, whose cosines and
+  // sines at its position are `turn`, [2][pairs].
+  void (*append_head)(const okv_step &call, int64_t batch, int64_t head, const float *turn);
   // One group: all KV heads of record_tokens tokens. Returns 0, 1 if a value does not fit its stored
   // number, or 2 without memory.
   int (*encode_group)(const okv_encode &call, int64_t group);

@@ -1,4 +1,5 @@
 // A whole decode step of a layer: rotate, append, attend, pack.
+#include <math.h>
 #include <string.h>
 
 #include <new>
@@ -15,6 +16,7 @@ struct Buffers {
   std::vector<int64_t> positions, ring_positions;
   std::vector<uint8_t> records;
   std::vector<uint16_t> super_scales;
+  std::vector<float> turns;
 };
 
 thread_local Buffers buffers;
@@ -29,6 +31,20 @@ void place(const okv_step &call) {
       buffers.ring_positions[(size_t)(b * call.ring_slots + (first + i) % call.ring_slots)] =
           position_of(call.packed, b, first + i);
     buffers.positions[(size_t)b] = position_of(call.packed, b, first + call.residual[b]);
+  }
+}
+
+// Cosines and sines of the key bias where the new tokens stand, [batch][2][pairs], in double precision as ops/rope.py
+// has them: then a token has the same bytes whichever way it came.
+void turn(const okv_step &call, const okv_key_bias &bias) {
+  buffers.turns.resize((size_t)(call.attend.batch * 2 * bias.pairs));
+  for (int64_t b = 0; b < call.attend.batch; b++) {
+    float *to = buffers.turns.data() + b * 2 * bias.pairs;
+    for (int64_t p = 0; p < bias.pairs; p++) {
+      const double angle = (double)buffers.positions[(size_t)b] * bias.frequencies[p];
+      to[p] = (float)cos(angle);
+      to[bias.pairs + p] = (float)sin(angle);
+    }
   }
 }
 
@@ -80,14 +96,17 @@ bool step(okv_step &call) {
   if (!check(call)) return false;
   okv_attend &a = call.attend;
   bool any = false;
+  place(call);
+  if (a.key_bias) turn(call, *a.key_bias);
   for (int64_t b = 0; b < a.batch; b++) {
     any = any || call.packed_tokens[b];
-    for (int64_t head = 0; head < a.kv_heads; head++) kernels().append_head(call, b, head);
+    const float *turns = a.key_bias ? buffers.turns.data() + b * 2 * a.key_bias->pairs : nullptr;
+    for (int64_t head = 0; head < a.kv_heads; head++) kernels().append_head(call, b, head, turns);
   }
-  place(call);
   call.packed.lengths = call.packed_tokens;
-  const okv_full parts[2] = {{call.pin_k, call.pin_v, call.pin_slots, call.pin_positions},
-                             {call.ring_k, call.ring_v, call.ring_slots, buffers.ring_positions.data()}};
+  const okv_full parts[2] = {
+      {call.pin_k, call.pin_v, call.pin_slots, call.pin_positions, call.pin_logit_bias},
+      {call.ring_k, call.ring_v, call.ring_slots, buffers.ring_positions.data(), nullptr}};
   a.q_positions = buffers.positions.data();
   a.packed = any ? &call.packed : nullptr;
   a.full = call.pin_slots ? parts : parts + 1;
