@@ -13,7 +13,7 @@ from occamkv.cache import LayerPlan
 from occamkv.methods import Method
 from occamkv.ops.outliers import BLOCK_TOKENS, outliers
 
-MARGIN = 2 / 3
+MARGIN = 0.6
 """A change is advised if it lowers the error of the attention output below this share; smaller gains may be noise."""
 
 FIRST_PINS = 4
@@ -57,7 +57,10 @@ def _pins(sinks: Sinks, k: Tensor, v: Tensor) -> tuple[str, str]:
     later = [at for at in places if at >= FIRST_PINS]
     odd_later = [at for at in odd if at >= FIRST_PINS]
     if later:
-        return f"first:{FIRST_PINS}+found", f"Sinks also lie behind the first tokens (at {_some(later)}): pin found ones."
+        return (
+            f"first:{FIRST_PINS}+found",
+            f"Sinks also lie behind the first tokens (at {_some(later)}): pin found ones.",
+        )
     if len(odd_later) >= _MANY:
         return (
             f"first:{FIRST_PINS}+found",
@@ -79,10 +82,10 @@ def _switches(base: Method, errors: LayerErrors) -> tuple[Method, str]:
     scales = (scaled, not scaled) if base.packed_format.k_axis == "channel" else (scaled,)
     options = {(rotation, scale) for rotation in _ROTATIONS[base.k_rotation] for scale in scales}
     found = {
-        option: errors.error(_with(base, option), pins=base.pinned_tokens)
-        for option in sorted(options, reverse=True)
+        option: errors.error(_with(base, option), pins=base.pinned_tokens) for option in sorted(options, reverse=True)
     }
-    own = best = (base.k_rotation, scaled)
+    own: tuple[str, bool] = (base.k_rotation, scaled)
+    best = own
     for changes in (1, 2):
         near = [one for one in found if sum(x != y for x, y in zip(one, own, strict=True)) == changes]
         challenger = min(near, key=lambda one: found[one], default=best)
@@ -90,7 +93,7 @@ def _switches(base: Method, errors: LayerErrors) -> tuple[Method, str]:
             best = challenger
     told = f"error of the attention output {found[best]:.3f}"
     if best == own:
-        return base, f"{_named(own)} as in {base}: {told}, and nothing else lowers it by a third."
+        return base, f"{_named(own)} as in {base.name}: {told}, and nothing else lowers it by two fifths."
     return _with(base, best), f"{_named(best)} instead of {_named(own)}: {told} instead of {found[own]:.3f}."
 
 

@@ -41,7 +41,7 @@ def scaled_norms(k: Tensor) -> Tensor:
 
 
 def group_ratios(norms: Tensor) -> Tensor:
-    """Return the largest over the smallest norm of each whole group of 32 tokens. `norms`: `[T]`, float32 `[T // 32]`."""
+    """Return the largest over the smallest norm of each whole group of 32 tokens, `[T // 32]`. `norms`: `[T]`."""
     groups = norms[: len(norms) // GROUP * GROUP].unflatten(0, (-1, GROUP))
     return groups.amax(1) / groups.amin(1).clamp_min(1e-30)
 

@@ -88,9 +88,15 @@ def find_sinks(layer: LayerTrace, texts: Sequence[str]) -> Sinks:
         }
 
     def sink(at: int) -> Sink:
-        values = (None if x is None else float(x[at]) for x in (received, k_norm, v_norm, massive))
-        rules = tuple(name for name, fired in by_rule.items() if fired[at])
-        return Sink(at, texts[at], *values, rules)  # type: ignore[arg-type]
+        return Sink(
+            at,
+            texts[at],
+            None if received is None else float(received[at]),
+            float(k_norm[at]),
+            float(v_norm[at]),
+            None if massive is None else float(massive[at]),
+            tuple(name for name, fired in by_rule.items() if fired[at]),
+        )
 
     columns = _positions(by_rule["equation 5"]) if received is not None else ()
     latent = _positions(by_norms & ~decided)
