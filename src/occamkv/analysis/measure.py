@@ -40,12 +40,12 @@ def analyze(trace: Trace, plan: Plan, *, progress: Callable[[int, int], None] | 
     _check(trace, plan)
     found: list[LayerAnalysis] = []
     advised = {entry.index: entry for entry in plan.layers}
-    for done, layer in enumerate(trace.layers):
-        if progress is not None:
-            progress(done, len(trace.layers))
-        measured, entry = _measure(layer, advised[layer.index], trace.texts)
+    tell = progress or (lambda _done, _total: None)
+    tell(0, len(trace.layers))
+    for done, layer in enumerate(trace.layers, start=1):
+        measured, advised[layer.index] = _measure(layer, advised[layer.index], trace.texts)
         found.append(measured)
-        advised[layer.index] = entry
+        tell(done, len(trace.layers))
     by_index = {layer.index: layer for layer in trace.layers}
     modality, k_norms = _modality(trace)
     return Analysis(

@@ -17,13 +17,21 @@ if TYPE_CHECKING:
     from occamkv.evals.texts import Text
 
 
+_TOKENS = 2048
+
+
 @verb("analyze")
 def analyze_model(
     model: Annotated[
         str, typer.Argument(help="A folder, a .gguf file, a hub id, or a bundled model (`occamkv doctor` lists them).")
     ],
     text: Annotated[Path | None, typer.Option(help="A text to read. Default: Python's help topics.")] = None,
-    tokens: Annotated[int, typer.Option(min=256, help="How much of it; a shorter text is read whole.")] = 2048,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=256, help=f"How much of it; a shorter text is read whole. Default: {_TOKENS}.", show_default=False
+        ),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Numbers of layers, such as 0,5. Default: all.")] = None,
     method_name: Annotated[str, typer.Option("--method", help="What the advice builds on.")] = DEFAULT_METHOD,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
@@ -46,7 +54,7 @@ def analyze_model(
     read = read_text(text)
     loaded, tokenizer = load(model, device=device, dtype=dtype)
     before = plan_for(loaded.config, base)
-    ids, bos = _ids(read, tokenizer, tokens)
+    ids, bos = _ids(read, tokenizer, _count(loaded, tokens))
     with stages() as advance:
         advance("reading the text", 0, 1)
         keep = Selection(layers=wanted, hidden=True, received=True)
@@ -89,6 +97,16 @@ def _numbers(text: str | None) -> list[int] | None:
         raise UnsupportedInput(
             f"layers are {text!r}; allowed: numbers separated by commas, for example 0,5."
         ) from error
+
+
+def _count(model: Any, tokens: int | None) -> int:
+    """Return how many tokens to read; refuses more than the model was made for."""
+    from occamkv.integrations.transformers.model import text_config
+
+    longest = getattr(text_config(model.config), "max_position_embeddings", None) or max(_TOKENS, tokens or 0)
+    if tokens is not None and tokens > longest:
+        raise UnsupportedInput(f"{tokens} tokens are to be read; allowed: {longest}, which this model was made for.")
+    return tokens or min(_TOKENS, longest)
 
 
 def _ids(text: Text, tokenizer: Any, tokens: int) -> tuple[Any, dict[str, Any]]:
