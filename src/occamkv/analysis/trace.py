@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from occamkv.analysis import received
+from occamkv.analysis.tensor_file import TensorWriter, read_tensors
+from occamkv.errors import CacheMismatch, UnsupportedInput
+from occamkv.integrations.transformers.fingerprint import fingerprint
+from occamkv.integrations.transformers.model import text_config
+from occamkv.integrations.transformers.plan import plan_for
+from occamkv.integrations.transformers.prompt import Prompt, read_prompt
+from occamkv.integrations.transformers.tracing import Call, trace_attention
 from occamkv.methods.trial import Reading
+from occamkv.schema import NUMBER, check_fields, check_version
+
+SCHEMA_VERSION = 1
+
+_HEADER = "occamkv.trace"
+_PARTS = ("received", "rows", "q", "k", "v", "hidden")
+_SCHEMA = {
+    "model_type": str,
+    "fingerprint": str,
+    "layer_count": int,
+    "positions": [int],
+    "texts": [str],
+    "modality": [str],
+    "layers": [
+        {
+            "index": int,
+            "scale?": NUMBER,
+            "softcap?": NUMBER,
+            "window?": int,
+            "causal": bool,
+            "row_positions": [int],
+        }
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +62,9 @@ class LayerTrace:
         received: float32 `[B, Hq, T]`: attention that each token got, summed over the queries that see it and divided
             by their number, if it was asked for.
         rows: float32 `[B, Hq, n, T]`: attention rows of `row_positions`, if they were asked for.
-        row_positions: Positions of these queries.
+        row_positions: Positions of these queries in the prompt.
+        causal: Attention follows from q, k, the reading, the window and `Trace.real` alone. False where the model adds
+            a position bias, or lets a query see later tokens (parts of an image) or hides others.
     """
 
     index: int
@@ -38,22 +77,23 @@ class LayerTrace:
     received: Tensor | None = None
     rows: Tensor | None = None
     row_positions: Sequence[int] = ()
+    causal: bool = True
 
 
 @dataclass(frozen=True)
 class Trace:
-    """All recorded layers of one forward pass.
+    """All recorded layers of one forward pass. Its tensors are on the CPU, and their T is that of `positions`.
 
     Args:
         layers: In order; layers that were not asked for, or have no attention, are missing.
         ids: Token ids `[B, T]`.
-        texts: Text of each token of the first sequence.
+        texts: Text of each token of the first sequence; without a tokenizer its id in square brackets.
         real: bool `[B, T]`, False for pads.
         modality: Name of the kind of each token of the first sequence: "text", "image", "audio", "video".
         model_type: As in the configuration.
         fingerprint: Of the configuration, see `integrations.transformers.fingerprint`.
         layer_count: How many layers the model has.
-        positions: Which positions of the prompt were kept; all of Q, K, V, hidden and received have these T.
+        positions: Which positions of the prompt were kept, ascending.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -65,3 +105,260 @@ class Trace:
     fingerprint: str
     layer_count: int
     positions: tuple[int, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; docs/trace.md says what is in it."""
+        with _TraceWriter(Path(path)) as writer:
+            writer.add("ids", self.ids)
+            for layer in self.layers:
+                writer.add_layer(layer)
+            writer.finish_trace(self)
+
+    @staticmethod
+    def load(path: str | Path) -> Trace:
+        """Read what `save` or `record(spill=...)` wrote. Tensors are memory-mapped: read when they are used.
+
+        Raises:
+            UnsupportedInput: There is no such file, it is damaged, no trace, or of another version.
+        """
+        metadata, tensors = read_tensors(Path(path))
+        try:
+            header = json.loads(metadata.get(_HEADER, "{}"))
+        except ValueError:
+            header = {}
+        check_version(header, SCHEMA_VERSION, "a trace")
+        check_fields(header, _SCHEMA, "trace", command="Trace.save")
+        _check_tensors(header, tensors)
+        layers = [_read_layer(entry, tensors) for entry in header["layers"]]
+        return Trace(
+            tuple(layers),
+            tensors["ids"],
+            tuple(header["texts"]),
+            tensors["real"],
+            tuple(header["modality"]),
+            header["model_type"],
+            header["fingerprint"],
+            header["layer_count"],
+            tuple(header["positions"]),
+        )
+
+    def check_model(self, config: Any) -> None:
+        """Raise `CacheMismatch` if the trace was recorded with a model of another configuration."""
+        text = text_config(config)
+        if fingerprint(text) != self.fingerprint:
+            raise CacheMismatch(
+                f"the trace is of {self.model_type or 'a model'} with fingerprint {self.fingerprint}, the model is "
+                f"{text.model_type} with {fingerprint(text)}. Record a trace with this model."
+            )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `record` keeps.
+
+    Args:
+        layers: Numbers of layers; default: all that have self-attention.
+        positions: Positions in the prompt; default: all. Attention is that of the whole prompt in any case.
+        hidden: Keep what entered each layer.
+        received: Keep the attention that each token got.
+        rows: Positions of queries whose attention rows are kept.
+    """
+
+    layers: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
+    hidden: bool = False
+    received: bool = False
+    rows: Sequence[int] = ()
+
+
+def record(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Any],
+    *,
+    selection: Selection | None = None,
+    tokenizer: Any = None,
+    spill: str | Path | None = None,
+) -> Trace:
+    """Run a model over a prompt and record what its attention layers see; the model is left as it was.
+
+    Args:
+        model: A transformers model.
+        inputs: Token ids `[B, T]` or `[T]`, or the arguments of the model as a tokenizer or processor made them.
+        selection: What to keep; default: q, k and v of all layers and positions.
+        tokenizer: Tells the texts of the tokens.
+        spill: Write each layer to this file as soon as it was recorded; the trace that is returned reads it from there.
+
+    Raises:
+        UnsupportedModel: The model's attention does not go through transformers' attention interface.
+        UnsupportedInput: The prompt is empty, a layer or position does not exist, or q, k or v hold NaN.
+    """
+    chosen, prompt = selection or Selection(), read_prompt(model, inputs)
+    count, length = len(plan_for(model.config, "full").layers), prompt.ids.shape[1]
+    _check_numbers("layers", chosen.layers, count)
+    _check_numbers("positions", chosen.positions, length)
+    _check_numbers("rows", chosen.rows or None, length)
+    positions = range(length) if chosen.positions is None else sorted(set(chosen.positions))
+    trace = replace(_frame(model, prompt, tuple(positions), tokenizer), layer_count=count)
+    layers: list[LayerTrace] = []
+    with nullcontext() if spill is None else _TraceWriter(Path(spill)) as writer:
+        if writer is not None:
+            writer.add("ids", trace.ids)
+        take = layers.append if writer is None else writer.add_layer
+        seen = trace_attention(
+            model,
+            prompt.inputs,
+            lambda call: take(_layer(call, prompt.real, chosen, trace.positions)),
+            layers=chosen.layers,
+            hidden=chosen.hidden,
+        )
+        missing = sorted(set(chosen.layers or ()).difference(seen))
+        if missing:
+            raise UnsupportedInput(
+                f"layers {missing} have no self-attention of their own to record; layers that have: {sorted(seen)}."
+            )
+        if writer is None or spill is None:
+            return replace(trace, layers=tuple(sorted(layers, key=lambda layer: layer.index)))
+        writer.finish_trace(trace)
+    return Trace.load(spill)
+
+
+def _frame(model: nn.Module, prompt: Prompt, positions: tuple[int, ...], tokenizer: Any) -> Trace:
+    """Return a trace without layers."""
+    at, text = torch.tensor(positions), text_config(model.config)
+    ids, real = (x.cpu()[:, at] for x in (prompt.ids, prompt.real))
+    texts = [f"[{token}]" if tokenizer is None else tokenizer.decode([token]) for token in ids[0].tolist()]
+    modality = tuple(prompt.modality[position] for position in positions)
+    return Trace((), ids, tuple(texts), real, modality, text.model_type, fingerprint(text), 0, positions)
+
+
+def _check_numbers(name: str, wanted: Sequence[int] | None, count: int) -> None:
+    if wanted is None:
+        return
+    wrong = [number for number in wanted if not 0 <= number < count]
+    if wrong or not wanted:
+        raise UnsupportedInput(f"{name} names {wrong or 'nothing'}; allowed: numbers from 0 to {count - 1}.")
+
+
+def _layer(call: Call, real: Tensor, chosen: Selection, positions: Sequence[int]) -> LayerTrace:
+    """Cut what one layer saw, and work out what is asked for besides."""
+    for name, part in (("Q", call.q), ("K", call.k), ("V", call.v)):
+        _refuse_nan(name, part, real, call.layer)
+    at = torch.tensor(positions, device=call.q.device)
+    if call.hidden is not None and call.hidden.shape[:2] != real.shape:
+        raise UnsupportedInput(
+            f"{list(call.hidden.shape)} enters layer {call.layer}; allowed: hidden states [B, T, C]. Record without "
+            "hidden."
+        )
+    hidden = None if call.hidden is None else _kept(call.hidden, at, dim=1)
+    sums = _kept(received.received(call, real), at, dim=2) if chosen.received else None
+    row_positions = tuple(sorted(set(chosen.rows)))
+    picked = torch.tensor(row_positions, device=at.device)
+    rows = _kept(received.rows(call, real, picked), at, dim=3) if row_positions else None
+    sinks = None if call.reading.sinks is None else call.reading.sinks.cpu().clone()
+    return LayerTrace(
+        call.layer,
+        _kept(call.q, at, dim=2),
+        _kept(call.k, at, dim=2),
+        _kept(call.v, at, dim=2),
+        reading=call.reading._replace(sinks=sinks),
+        window=call.window,
+        hidden=hidden,
+        received=sums,
+        rows=rows,
+        row_positions=row_positions,
+        causal=received.is_causal(call, real),
+    )
+
+
+def _kept(x: Tensor, at: Tensor, *, dim: int) -> Tensor:
+    """Copy some positions to the CPU."""
+    return x.index_select(dim, at).cpu()
+
+
+def _refuse_nan(name: str, x: Tensor, real: Tensor, layer: int) -> None:
+    """Raise `UnsupportedInput` if a real token of `x`, `[B, H, T, D]`, holds a number that is not finite."""
+    bad = (~x.isfinite()).any(-1).any(1) & real
+    if bool(bad.any()):
+        row, position = bad.nonzero()[0].tolist()
+        raise UnsupportedInput(
+            f"{name} of layer {layer} holds NaN or infinity, first at position {position} of sequence {row}. Load the "
+            "model in bfloat16 or float32, and check its weights."
+        )
+
+
+class _TraceWriter(TensorWriter):
+    """Writes a trace layer by layer."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._layers: list[dict[str, Any]] = []
+        self._sinks: dict[str, Tensor] = {}
+
+    def add_layer(self, layer: LayerTrace) -> None:
+        name, reading = f"layers.{layer.index}.", layer.reading
+        for part in _PARTS:
+            tensor = getattr(layer, part)
+            if tensor is not None:
+                self.add(name + part, tensor)
+        if reading.sinks is not None:
+            self._sinks[name + "sinks"] = reading.sinks
+        self._layers.append(
+            {
+                "index": layer.index,
+                "scale": reading.scale,
+                "softcap": reading.softcap,
+                "window": layer.window,
+                "causal": layer.causal,
+                "row_positions": list(layer.row_positions),
+            }
+        )
+
+    def finish_trace(self, trace: Trace) -> None:
+        """Write what comes last: sinks and `real`, of which any number of bytes may be, and the header."""
+        for name, sinks in self._sinks.items():
+            self.add(name, sinks)
+        self.add("real", trace.real)
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            "model_type": trace.model_type,
+            "fingerprint": trace.fingerprint,
+            "layer_count": trace.layer_count,
+            "positions": list(trace.positions),
+            "texts": list(trace.texts),
+            "modality": list(trace.modality),
+            "layers": sorted(self._layers, key=lambda entry: entry["index"]),
+        }
+        self.finish({_HEADER: json.dumps(header)})
+
+
+def _check_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `UnsupportedInput` if tensors are missing or do not fit together."""
+    length = len(header["positions"])
+    wanted = {"ids": 1, "real": 1}
+    wanted |= {f"layers.{entry['index']}.{part}": 2 for entry in header["layers"] for part in ("q", "k", "v")}
+    for name, dim in wanted.items():
+        shape = list(tensors[name].shape) if name in tensors else None
+        if shape is None or len(shape) != 2 * dim or shape[dim] != length:
+            raise UnsupportedInput(
+                f"the trace is damaged: tensor {name} has shape {shape}, and {length} positions were kept. Record it "
+                "again."
+            )
+    if not len(header["texts"]) == len(header["modality"]) == length:
+        raise UnsupportedInput(f"the trace is damaged: not every one of its {length} positions has a text.")
+
+
+def _read_layer(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerTrace:
+    name = f"layers.{entry['index']}."
+    return LayerTrace(
+        entry["index"],
+        tensors[name + "q"],
+        tensors[name + "k"],
+        tensors[name + "v"],
+        reading=Reading(entry["scale"], entry["softcap"], tensors.get(name + "sinks")),
+        window=entry["window"],
+        hidden=tensors.get(name + "hidden"),
+        received=tensors.get(name + "received"),
+        rows=tensors.get(name + "rows"),
+        row_positions=tuple(entry["row_positions"]),
+        causal=entry["causal"],
+    )

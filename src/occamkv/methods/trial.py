@@ -58,10 +58,10 @@ def errors(sample: Sample, chosen: Method, statistics: Statistics | None, *, rec
             codes of K alike, is left out: it would take most of the time.
         recent: A query sees so many newest tokens in full precision, as it would see the residual.
     """
-    trial = _Trial(sample, pins=chosen.pinning.leading, recent=recent)
+    trial = Trial(sample, pins=chosen.pinning.leading, recent=recent)
 
     @cache
-    def space(rotation: str) -> _Space:
+    def space(rotation: str) -> Space:
         method = recipe(chosen, _JUDGE, _JUDGE, k_rotation=rotation, feedback=False)
         return trial.space(method.crossing(sample.k[None], None if statistics is None else statistics.used_by(method)))
 
@@ -80,7 +80,7 @@ def has_feedback(statistics: Statistics | None) -> bool:
     return statistics is not None and statistics.moment is not None
 
 
-class _Space(NamedTuple):
+class Space(NamedTuple):
     """Queries `[H, g, n, D]`, K and V `[H, T, D]` in cache space; `common`: a key bias's logits or 0."""
 
     q: Tensor
@@ -89,10 +89,17 @@ class _Space(NamedTuple):
     common: Tensor | float
 
 
-class _Trial:
-    """The queries' logits and output in full precision, float32, and what changes when tokens are packed."""
+class Trial:
+    """The queries' logits and output in full precision, float32, and what changes when tokens are packed.
 
-    def __init__(self, sample: Sample, *, pins: int, recent: int) -> None:
+    Args:
+        sample: Queries and tokens; a last incomplete group behind the pins is left out.
+        pins: So many first tokens stay in full precision.
+        recent: A query sees so many newest tokens in full precision.
+        window: Sliding window in tokens, None for full attention.
+    """
+
+    def __init__(self, sample: Sample, *, pins: int, recent: int, window: int | None = None) -> None:
         end = whole(sample.k.shape[1], pins)
         self.pins = pins
         self.k, self.v = (x[:, :end].to(torch.float32) for x in (sample.k, sample.v))
@@ -102,12 +109,14 @@ class _Trial:
         self.reading = sample.reading
         behind = sample.at[:, None] - torch.arange(end, device=sample.k.device)  # [n, T]
         self.hidden, self.packed = behind < 0, behind >= recent
+        if window is not None:
+            self.hidden = self.hidden | (behind >= window)
         self.packed[:, :pins] = False
         self.logits = self._logits(self.q, self.k)
         self.weights = self._softmax(self.logits)
         self.energy = float((self.weights @ self.v[:, None]).square().sum())
 
-    def space(self, crossing: Crossing) -> _Space:
+    def space(self, crossing: Crossing) -> Space:
         """Return queries, K and V in cache space; errors are measured there, since nothing has to be rotated back."""
         at = torch.arange(self.k.shape[1], device=self.k.device)[None]
         k, v = (x[0] for x in crossing.enter(self.k[None], self.v[None], at))
@@ -115,10 +124,15 @@ class _Trial:
         common = 0.0 if bias is None else self.q @ bias.rows(at)[0, :, None].transpose(-1, -2)
         inverse = None if crossing.k_vector is None else 1 / crossing.k_vector
         q = rotate(self.q.flatten(1, 2)[None], hadamard_block=crossing.k_block, balance=inverse)
-        return _Space(q[0].unflatten(1, self.q.shape[1:3]), k, v, common)
+        return Space(q[0].unflatten(1, self.q.shape[1:3]), k, v, common)
 
-    def errors(self, method: Method, space: _Space) -> tuple[float, float]:
-        """Return the relative squared error of the output that K causes when it is packed, and that V causes."""
+    def errors(self, method: Method, space: Space) -> tuple[float, float]:
+        """Return the relative squared error of the output that K causes when it is packed, and that V causes.
+
+        Args:
+            method: How the tokens are packed.
+            space: Where, see `space`; it must be the method's own crossing.
+        """
         form, pins = method.packed_format, self.pins
         groups = (records.to_groups(x[None, :, pins:], form.record_tokens) for x in (space.k, space.v))
         packed = records.encode(*groups, format=form, grid=method.grid, clip=method.clip)

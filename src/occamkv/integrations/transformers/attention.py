@@ -55,7 +55,7 @@ def attention_forward(
     if torch.compiler.is_compiling():
         handle = compiled.traced.pop(getattr(module, "layer_idx", -1), None)
         if handle is not None:
-            compiled.check(query, attention_mask, causal=_causal(module, options))
+            compiled.check(query, attention_mask, causal=is_causal(module, options))
             given = (scaling, options.get("softcap"), options.get("s_aux"))
             return compiled.step(query, key, value, attention_mask, handle, *given), None
     if isinstance(key, PackedTensor) and isinstance(value, PackedTensor):
@@ -139,10 +139,10 @@ def _seen(
 ) -> Seen | None:
     """Return what the queries may see, with a position bias added where the model has one."""
     length, bias = query.shape[2], options.get("position_bias")
-    if mask is None and (bias is not None or (length > 1 and not _causal(module, options))):
+    if mask is None and (bias is not None or (length > 1 and not is_causal(module, options))):
         shape = (1, 1, length, cache.length)
         mask = torch.ones(shape, dtype=torch.bool, device=query.device)
-        if _causal(module, options):
+        if is_causal(module, options):
             mask = mask.tril(cache.length - length)
     if mask is None:
         return None
@@ -155,7 +155,8 @@ def _add_bias(mask: Tensor, bias: Tensor) -> Tensor:
     return added.masked_fill(~visible(mask), torch.finfo(torch.float32).min)
 
 
-def _causal(module: nn.Module, options: dict[str, Any]) -> bool:
+def is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Tell whether an attention call without a mask is causal."""
     given = options.get("is_causal")
     return bool(getattr(module, "is_causal", True)) if given is None else bool(given)
 
@@ -181,9 +182,9 @@ def _attend_plain(
     batch, length, slots = query.shape[0], query.shape[2], key.shape[2]
     at = torch.arange(slots, device=query.device).expand(batch, -1)
     bias = options.get("position_bias")
-    if mask is None and (bias is not None or not _causal(module, options)):
+    if mask is None and (bias is not None or not is_causal(module, options)):
         mask = torch.ones(1, 1, length, slots, dtype=torch.bool, device=query.device)
-        mask = mask.tril(slots - length) if _causal(module, options) else mask
+        mask = mask.tril(slots - length) if is_causal(module, options) else mask
     if bias is not None and mask is not None:
         mask = _add_bias(mask, bias)
     out = backend("reference").attend(

@@ -1,0 +1,126 @@
+"""`occamkv analyze`: token norms, attention sinks, and whether to rotate, layer by layer; with a plan that says so."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from occamkv.cli.analyze_tables import show
+from occamkv.cli.shell import check_writable, stages, verb, write_json
+from occamkv.errors import UnsupportedInput
+from occamkv.methods import DEFAULT_METHOD, method
+
+if TYPE_CHECKING:
+    from occamkv.evals.texts import Text
+
+
+_TOKENS = 2048
+
+
+@verb("analyze")
+def analyze_model(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a .gguf file, a hub id, or a bundled model (`occamkv doctor` lists them).")
+    ],
+    text: Annotated[Path | None, typer.Option(help="A text to read. Default: Python's help topics.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=256, help=f"How much of it; a shorter text is read whole. Default: {_TOKENS}.", show_default=False
+        ),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Numbers of layers, such as 0,5. Default: all.")] = None,
+    method_name: Annotated[str, typer.Option("--method", help="What the advice builds on.")] = DEFAULT_METHOD,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, bfloat16 or float16.")] = "auto",
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Write the advised plan, for `occamkv run --plan`.")] = None,
+) -> None:
+    """Tell where a model's attention sinks are, what its keys look like, and what a packed cache should do about it."""
+    from occamkv.analysis.measure import analyze
+    from occamkv.analysis.trace import Selection, record
+    from occamkv.cache import Plan
+    from occamkv.cli.conditions import conditions
+    from occamkv.cli.models import load
+    from occamkv.evals.texts import read_text
+    from occamkv.integrations.transformers import plan_for
+
+    for path in (json_file, None if plan is None else str(plan)):
+        check_writable(path)
+    base, wanted = _method(method_name), _numbers(layers)
+    read = read_text(text)
+    loaded, tokenizer = load(model, device=device, dtype=dtype)
+    before = plan_for(loaded.config, base)
+    ids, bos = _ids(read, tokenizer, _count(loaded, tokens))
+    with stages() as advance:
+        advance("reading the text", 0, 1)
+        keep = Selection(layers=wanted, hidden=True, received=True)
+        trace = record(loaded, ids, selection=keep, tokenizer=tokenizer)
+        advance("reading the text", 1, 1)
+        found = analyze(trace, before, progress=partial(advance, "measuring layers"))
+    result = {
+        "schema_version": 1,
+        "kind": "analysis",
+        **conditions(device),
+        "model": model,
+        "text": {"name": read.name, "sha256": read.sha256},
+        "bos": bos,
+        **found.to_json(),
+    }
+    if plan is not None:
+        Plan.save(found.plan, plan)
+    if json_file is not None:
+        write_json(result, json_file)
+    if json_file != "-":
+        show(result)
+
+
+def _method(name: str) -> Any:
+    chosen = method(name)
+    if chosen.format is None or chosen.budget is not None:
+        raise UnsupportedInput(
+            f"advice cannot build on {name!r}, which {'packs nothing' if chosen.format is None else 'chooses itself'}; "
+            "allowed: a method that says its bits, for example occam or oscar."
+        )
+    return chosen
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise UnsupportedInput(
+            f"layers are {text!r}; allowed: numbers separated by commas, for example 0,5."
+        ) from error
+
+
+def _count(model: Any, tokens: int | None) -> int:
+    """Return how many tokens to read; refuses more than the model was made for."""
+    from occamkv.integrations.transformers.model import text_config
+
+    longest = getattr(text_config(model.config), "max_position_embeddings", None) or max(_TOKENS, tokens or 0)
+    if tokens is not None and tokens > longest:
+        raise UnsupportedInput(f"{tokens} tokens are to be read; allowed: {longest}, which this model was made for.")
+    return tokens or min(_TOKENS, longest)
+
+
+def _ids(text: Text, tokenizer: Any, tokens: int) -> tuple[Any, dict[str, Any]]:
+    """Return at most so many token ids `[1, T]`, with what the tokenizer puts before a text, and what that was."""
+    import torch
+
+    head = tokenizer("", add_special_tokens=True).input_ids
+    body = tokenizer(text.text, add_special_tokens=False).input_ids
+    ids = torch.tensor([(head + body)[:tokens]], dtype=torch.int64)
+    token, added = tokenizer.bos_token, bool(head) and tokenizer.bos_token_id in head
+    if added:
+        told = f"{token!r} was put before the text, as this tokenizer does; without it some models lose their sink."
+    elif token is not None:
+        told = f"This tokenizer has {token!r} but does not put it before a text, so nothing was added."
+    else:
+        told = "This tokenizer has no token for the beginning of a text, so nothing was added."
+    return ids, {"added": added, "token": token, "told": told}

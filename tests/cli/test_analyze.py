@@ -1,0 +1,143 @@
+"""`occamkv analyze`: its JSON, its table, its plan, and one line for every bad input."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import saved_models
+from occamkv.analysis import measure
+from occamkv.cache import Plan
+from occamkv.evals.texts import read_text
+from one_line_error import complaints
+
+FIELDS = ("date", "command", "machine", "threads", "versions", "model", "text", "bos", "tokens", "headline", "layers")
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text(saved_models.text(400))
+    return path
+
+
+@pytest.fixture
+def analyze(occamkv, folder_of, words):
+    """Run the command on a tiny model and the text of words."""
+
+    def run(*args: object, kind: str = "half sliding") -> Any:
+        return occamkv("analyze", folder_of(kind), "--text", words, *args)
+
+    return run
+
+
+@pytest.fixture
+def refused(analyze):
+    def check(*args: object, words: tuple[str, ...], code: int = 2, kind: str = "half sliding") -> None:
+        done = analyze(*args, kind=kind)
+        assert complaints(done.code, done.out, done.err, words=words, wanted_code=code) == []
+
+    return check
+
+
+def test_stdout_is_json_alone(analyze, folder_of, words):
+    done = analyze("--json", "-", "--method", "oscar")
+    assert (done.code, done.err) == (0, "")
+    result = done.json
+    assert (next(iter(result)), result["schema_version"], result["kind"]) == ("schema_version", 1, "analysis")
+    assert not set(FIELDS) - set(result)
+    assert (result["model"], result["tokens"], result["base_method"]) == (str(folder_of("half sliding")), 400, "oscar")
+    assert result["text"] == {"name": "words.txt", "sha256": read_text(words).sha256}
+    assert [layer["kind"] for layer in result["layers"]] == ["sliding window of 32 tokens", "full"]
+
+
+def test_the_table_shows_each_layer_its_advice_and_the_headline(analyze):
+    done = analyze()
+    assert done.code == 0
+    told = json.loads(analyze("--json", "-").out)
+    for shown in (*told["headline"], "sliding window of 32 tokens", "rotation gain", "pins", told["bos"]["told"]):
+        assert shown in done.out
+
+
+def test_the_plan_can_be_run(analyze, occamkv, folder_of, prompt_of, tmp_path):
+    assert analyze("--plan", tmp_path / "plan.json", "--json", tmp_path / "result.json").code == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert Plan.load(tmp_path / "plan.json").to_json() == result["plan"]
+    done = occamkv(
+        *("run", folder_of("half sliding"), "--prompt-file", prompt_of(300), "--max-new-tokens", 2),
+        *("--plan", tmp_path / "plan.json", "--json", "-"),
+    )
+    assert done.json["cache"]["packed_layers"] == 1
+
+
+def test_only_some_layers_and_tokens(analyze):
+    result = analyze("--layers", "1", "--tokens", 300, "--json", "-").json
+    assert [layer["index"] for layer in result["layers"]] == [1]
+    assert (result["tokens"], len(result["plan"]["layers"])) == (300, 2)
+
+
+def test_the_first_token_is_added_where_the_tokenizer_adds_it(analyze, copy_of, occamkv, words):
+    plain = analyze("--json", "-").json["bos"]
+    assert (plain["added"], plain["token"]) == (False, "<s>")
+    assert "does not put it before a text" in plain["told"]
+    folder = copy_of("half sliding")
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(data))
+    result = occamkv("analyze", folder, "--text", words, "--json", "-").json
+    assert (result["bos"]["added"], result["tokens"]) == (True, 401)
+    assert "'<s>' was put before the text" in result["bos"]["told"]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--method", "oscr"], ("'oscr'", "did you mean 'oscar'")),
+        (["--method", "auto"], ("'auto'", "chooses itself")),
+        (["--method", "full"], ("'full'", "packs nothing")),
+        (["--layers", "one"], ("'one'",)),
+        (["--text", "no such file"], ("no such file",)),
+        (["--device", "frobnicator"], ("'frobnicator'",)),
+        (["--json", "/no such folder/result.json"], ("/no such folder/result.json",)),
+        (["--plan", "/no such folder/plan.json"], ("/no such folder/plan.json",)),
+        (["--tokens", "1100"], ("1100", "1024")),
+        (["--layers", "0,7"], ("[7]", "0 to 1")),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_refused_before_anything_is_measured(refused, monkeypatch, args, named):
+    monkeypatch.setattr(measure, "_measure", lambda *_: pytest.fail("a layer was measured first"))
+    refused(*args, words=named)
+
+
+def test_a_text_that_is_too_short_is_refused(refused, tmp_path):
+    (tmp_path / "short.txt").write_text(saved_models.text(255))
+    refused("--text", tmp_path / "short.txt", words=("255 tokens", "256"))
+
+
+def test_fewer_tokens_than_can_be_packed_are_wrong_usage(analyze):
+    done = analyze("--tokens", 255)
+    assert (done.code, done.out) == (2, "")
+    assert "--tokens" in done.err
+
+
+@pytest.mark.parametrize("kind", ["no attention", "all sliding"])
+def test_a_model_without_layers_to_pack_ends_with_3(refused, kind):
+    refused(words=("can be packed",), code=3, kind=kind)
+
+
+def test_activations_that_are_not_numbers_are_refused(occamkv, copy_of, words):
+    folder = copy_of("packable")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = occamkv("analyze", folder, "--text", words)
+    assert complaints(done.code, done.out, done.err, words=("V of layer 1", "NaN")) == []
