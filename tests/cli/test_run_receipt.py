@@ -56,6 +56,10 @@ def test_a_fraction_alone_verifies_without_a_receipt(run):
     assert "verif" not in run().out
 
 
+def test_fewer_layers_can_be_verified(run):
+    assert "verified: 1 of 2 packed layers, " in run("--verify-layers", 1).out
+
+
 def test_layers_that_are_not_packed_are_in_the_receipt_with_their_reason(run, tmp_path):
     assert run("--receipt", tmp_path / "r.json", "--verify-fraction", 1, kind="half sliding").code == 0
     sliding, packed = read_receipt(tmp_path / "r.json")["layers"]
@@ -91,6 +95,7 @@ def test_what_is_missing_is_said(run, tmp_path, tokens, more, told):
         (("--receipt", "/no/such/folder/r.json"), "cannot write"),
         (("--verify-fraction", "0"), "above 0 to 1"),
         (("--verify-fraction", "1.5"), "above 0 to 1"),
+        (("--verify-layers", "0"), "from 1 on"),
         (("--method", "full", "--verify-fraction", "1"), "no layer of this cache is packed"),
     ],
 )

@@ -52,8 +52,10 @@ def run(
         str | None, typer.Option("--receipt-html", metavar="FILE", help="Write the receipt as a page.")
     ] = None,
     verify_fraction: Annotated[
-        float | None,
-        typer.Option(help="Shadow 3 layers, and compare them on this share of the steps. With a receipt: 1/16."),
+        float | None, typer.Option(help="Verify attention on this share of the steps. With a receipt: 1/16.")
+    ] = None,
+    verify_layers: Annotated[
+        int | None, typer.Option(help="Verify so many layers; each costs a full copy of its K and V. Default: 3.")
     ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
 ) -> None:
@@ -84,7 +86,7 @@ def run(
         temperature=temperature,
         seed=seed,
         scored_tokens=_SCORED_TOKENS if check else 0,
-        verify=_verify(verify_fraction, receipt=receipt),
+        verify=_verify(verify_fraction, verify_layers, receipt=receipt),
         receipt=receipt,
     )
     quiet = json_file == "-"
@@ -110,12 +112,12 @@ def run(
         fail(outcome.receipt["verdict"], _VOID)
 
 
-def _verify(fraction: float | None, *, receipt: bool) -> Verify | None:
+def _verify(fraction: float | None, layers: int | None, *, receipt: bool) -> Verify | None:
     from occamkv.integrations.transformers import Verify
 
-    if fraction is None:
-        return Verify() if receipt else None
-    return Verify(fraction=fraction)
+    asked = {"fraction": fraction, "layers": layers}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return Verify(**given) if given or receipt else None
 
 
 def _write_receipt(data: dict[str, Any], path: str | None, page_path: str | None) -> None:
