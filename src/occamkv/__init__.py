@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from occamkv.cache import CacheReport, Plan
     from occamkv.formats import Format
-    from occamkv.integrations.transformers import PackedCache, attach, fold, fold_balance
+    from occamkv.integrations.transformers import PackedCache, Verify, attach, fold, fold_balance
     from occamkv.methods import METHOD_NAMES, Method, method
 
 __version__ = "0.1.0.dev0"
@@ -21,6 +21,7 @@ _HOMES = {
     "Method": "occamkv.methods",
     "PackedCache": "occamkv.integrations.transformers",
     "Plan": "occamkv.cache",
+    "Verify": "occamkv.integrations.transformers",
     "attach": "occamkv.integrations.transformers",
     "fold": "occamkv.integrations.transformers",
     "fold_balance": "occamkv.integrations.transformers",
@@ -34,6 +35,7 @@ __all__ = [
     "Method",
     "PackedCache",
     "Plan",
+    "Verify",
     "__version__",
     "attach",
     "fold",

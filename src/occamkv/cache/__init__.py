@@ -3,5 +3,14 @@
 from occamkv.cache.layer import LayerCache
 from occamkv.cache.plan import LayerPlan, Plan
 from occamkv.cache.report import CacheReport, LayerReport
+from occamkv.cache.verification import LayerVerification, Verification
 
-__all__ = ["CacheReport", "LayerCache", "LayerPlan", "LayerReport", "Plan"]
+__all__ = [
+    "CacheReport",
+    "LayerCache",
+    "LayerPlan",
+    "LayerReport",
+    "LayerVerification",
+    "Plan",
+    "Verification",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from occamkv.cache.verification import Verification
 from occamkv.formats import PAGE_TOKENS
 
 SCHEMA_VERSION = 1
@@ -18,7 +19,8 @@ class LayerReport:
     `found_pins` those kept in full precision because of their norms, which `bits_per_value` counts. `reads_packed` and
     `reads_dense` count attention calls on packed bytes and calls that had to dequantize everything. `packing_starts` is
     the number of tokens at which the first group is packed. `dropped_tokens` of all sequences have left the window;
-    `key_bias_pairs` pairs of channels are stored without the bias of the key projection.
+    `key_bias_pairs` pairs of channels are stored without the bias of the key projection. `shadow_bytes` are those of a
+    full-precision copy that only verifies; they are counted apart.
     """
 
     index: int
@@ -39,6 +41,7 @@ class LayerReport:
     packing_starts: int = PAGE_TOKENS
     dropped_tokens: int = 0
     key_bias_pairs: int = 0
+    shadow_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -53,14 +56,20 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """All layers of a cache. `print(report)` shows it, `to_json` gives the data."""
+    """All layers of a cache, and what its shadows saw if that was asked for. `print(report)` shows it."""
 
     layers: tuple[LayerReport, ...]
+    verification: Verification | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all layers."""
+        """Bytes held by all layers; those of shadows are counted apart."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def shadow_bytes(self) -> int:
+        """Bytes of full-precision copies that only verify."""
+        return sum(layer.shadow_bytes for layer in self.layers)
 
     @property
     def full_bytes(self) -> int:
@@ -83,6 +92,8 @@ class CacheReport:
             "schema_version": SCHEMA_VERSION,
             "cache_bytes": self.nbytes,
             "full_bytes": self.full_bytes,
+            "shadow_bytes": self.shadow_bytes,
+            "verification": None if self.verification is None else self.verification.to_json(),
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -103,6 +114,10 @@ class CacheReport:
             if ratio < 1:
                 change = f"{1 / ratio:.2f}x larger: each residual has room for {PAGE_TOKENS} tokens"
             lines.append(f"all layers: {_mib(self.nbytes)} held, {_mib(self.full_bytes)} in full precision, {change}")
+        if self.shadow_bytes:
+            lines.append(f"beside that, shadows that verify: {_mib(self.shadow_bytes)}")
+        if self.verification is not None:
+            lines.append(str(self.verification))
         return "\n".join(lines)
 
 

@@ -21,10 +21,12 @@ from transformers import DynamicCache, PreTrainedModel, TextStreamer
 from occamkv import __version__
 from occamkv.cache import CacheReport, Plan
 from occamkv.cli import models
+from occamkv.cli.conditions import conditions
 from occamkv.errors import NothingQuantized, UnsupportedInput, UnsupportedModel
-from occamkv.evals import Fidelity, compare
+from occamkv.evals import Fidelity
+from occamkv.evals.receipt import SecondPass, receipt, second_pass
 from occamkv.formats import PAGE_TOKENS
-from occamkv.integrations.transformers import PackedCache
+from occamkv.integrations.transformers import PackedCache, Verify
 from occamkv.integrations.transformers.model import text_config, use_attention
 from occamkv.methods import Method
 
@@ -45,6 +47,8 @@ class Settings:
     temperature: float
     seed: int
     scored_tokens: int
+    verify: Verify | None = None
+    receipt: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Outcome:
     fidelity_skipped: str | None
     measured_full_bytes: int | None
     full_speed: Speed | None
+    receipt: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-ready data."""
@@ -165,7 +170,9 @@ def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -
     progress.update(task, completed=1)
     ids = _tokenize(settings, tokenizer).to(model.device)
     _check_length(model, ids.shape[1] + settings.max_new_tokens)
-    cache = PackedCache(model, settings.method, plan=settings.plan, min_tokens=settings.min_tokens)
+    cache = PackedCache(
+        model, settings.method, plan=settings.plan, min_tokens=settings.min_tokens, verify=settings.verify
+    )
     _check_model(model, ids)
     before = _resident_bytes()
     watch = _watch_prefill(model, progress, ids.shape[1])
@@ -173,11 +180,23 @@ def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -
     while watch:
         watch.pop().remove()
     grown = None if before is None else (_resident_bytes() or 0) - before
-    report = cache.report()
+    report = cache.report(verify=settings.verify is not None)
     new = sequence[0, ids.shape[1] :]
     computed, computed_full = _computed(cache, report)
-    fidelity, skipped, measured_full = _fidelity(settings, model, ids, report, progress)
-    full_speed = None if fidelity is None else _full_speed(settings, model, tokenizer, ids, progress)
+    proof = _second_pass(settings, model, ids, cache, progress)
+    full_speed = None if proof.fidelity is None else _full_speed(settings, model, tokenizer, ids, progress)
+    made = None
+    if settings.receipt:
+        made = receipt(
+            model,
+            ids,
+            cache,
+            proof=proof,
+            generated=new,
+            text=settings.text,
+            name=settings.model,
+            conditions=conditions(settings.device),
+        )
     return Outcome(
         settings=settings,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -189,10 +208,11 @@ def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -
         report=report,
         computed_bytes=computed,
         computed_full_bytes=computed_full,
-        fidelity=fidelity,
-        fidelity_skipped=skipped,
-        measured_full_bytes=measured_full,
+        fidelity=proof.fidelity,
+        fidelity_skipped=proof.skipped,
+        measured_full_bytes=proof.full_bytes,
         full_speed=full_speed,
+        receipt=made,
     )
 
 
@@ -311,34 +331,23 @@ def _computed(cache: PackedCache, report: CacheReport) -> tuple[int, int]:
     return total, report.full_bytes
 
 
-def _fidelity(
-    settings: Settings, model: nn.Module, ids: Tensor, report: CacheReport, progress: Progress
-) -> tuple[Fidelity | None, str | None, int | None]:
-    """Compare packed and full cache on the tail of the prompt: its head in one call, as `generate` reads it."""
-    length = ids.shape[1]
+def _second_pass(
+    settings: Settings, model: PreTrainedModel, ids: Tensor, cache: PackedCache, progress: Progress
+) -> SecondPass:
+    """Compare packed and full cache on the tail of the prompt, unless that is not asked for."""
     if not settings.scored_tokens:
-        return None, "not asked for (--no-check)", None
-    if not report.packed_layers:
-        return None, "nothing is packed", None
-    if length < settings.min_tokens:
-        return None, f"the prompt has {length} tokens; nothing is packed below --min-tokens {settings.min_tokens}", None
-    if length < 2 * PAGE_TOKENS:
-        return None, f"the prompt has {length} tokens; at least {2 * PAGE_TOKENS} are needed to read packed ones", None
-    plan = settings.plan
-    methods = [entry.method for entry in plan.layers if entry.packs] if plan else [settings.method]
-    start = max(*(chosen.packing_starts for chosen in methods), length - 1 - settings.scored_tokens)
-    task = progress.add_task("comparing with the full cache (tokens)", total=length)
+        return SecondPass(skipped="not asked for (--no-check)")
+    task = progress.add_task("comparing with the full cache (tokens)", total=ids.shape[1])
     progress.start()
-    fidelity, _, full_bytes = compare(
+    return second_pass(
         model,
         ids,
-        settings.plan or settings.method,
-        score_from=start,
-        one_shot=start,
+        cache.plan,
+        scored_tokens=settings.scored_tokens,
         min_tokens=settings.min_tokens,
+        controlled=settings.receipt,
         progress=lambda done: progress.update(task, completed=done),
     )
-    return fidelity, None, full_bytes
 
 
 def _resident_bytes() -> int | None:

@@ -10,14 +10,16 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from occamkv.cli.shell import check_writable, err, out, verb, with_budget, write_json
+from occamkv.cli.shell import check_writable, err, fail, out, verb, with_budget, write_json, write_text
 from occamkv.errors import UnsupportedInput
 from occamkv.methods import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from occamkv.cli.generate import Outcome
+    from occamkv.integrations.transformers import Verify
 
 _SCORED_TOKENS = 384
+_VOID = 1
 
 
 @verb("run")
@@ -43,13 +45,29 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Measure KL against the full cache.")] = True,
+    receipt_file: Annotated[
+        str | None, typer.Option("--receipt", metavar="FILE", help="Verify the run and write a receipt as JSON.")
+    ] = None,
+    receipt_page: Annotated[
+        str | None, typer.Option("--receipt-html", metavar="FILE", help="Write the receipt as a page.")
+    ] = None,
+    verify_fraction: Annotated[
+        float | None, typer.Option(help="Verify attention on this share of the steps. With a receipt: 1/16.")
+    ] = None,
+    verify_layers: Annotated[
+        int | None, typer.Option(help="Verify so many layers; each costs a full copy of its K and V. Default: 3.")
+    ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
 ) -> None:
     """Generate text with a packed KV cache; then show its size, speed and what it changed."""
     from occamkv.cache import Plan
     from occamkv.cli.generate import Settings, generate
 
-    check_writable(json_file)
+    for path in (json_file, receipt_file, receipt_page):
+        check_writable(path)
+    if "-" in (receipt_file, receipt_page):
+        raise UnsupportedInput("a receipt goes to a file, not to stdout; stdout takes --json -.")
+    receipt = receipt_file is not None or receipt_page is not None
     if method_name is not None and plan is not None:
         raise UnsupportedInput("give either --method NAME or --plan FILE; a plan names the method of each layer.")
     chosen = with_budget(method_name or DEFAULT_METHOD, bits)
@@ -68,6 +86,8 @@ def run(
         temperature=temperature,
         seed=seed,
         scored_tokens=_SCORED_TOKENS if check else 0,
+        verify=_verify(verify_fraction, verify_layers, receipt=receipt),
+        receipt=receipt,
     )
     quiet = json_file == "-"
     with Progress(
@@ -84,8 +104,29 @@ def run(
         outcome = generate(settings, progress=progress, stream=None if quiet else sys.stdout)
     if json_file is not None:
         write_json(outcome.to_json(), json_file)
+    if outcome.receipt is not None:
+        _write_receipt(outcome.receipt, receipt_file, receipt_page)
     if not quiet:
         _show(outcome)
+    if outcome.receipt is not None and outcome.receipt["void"]:
+        fail(outcome.receipt["verdict"], _VOID)
+
+
+def _verify(fraction: float | None, layers: int | None, *, receipt: bool) -> Verify | None:
+    from occamkv.integrations.transformers import Verify
+
+    asked = {"fraction": fraction, "layers": layers}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return Verify(**given) if given or receipt else None
+
+
+def _write_receipt(data: dict[str, Any], path: str | None, page_path: str | None) -> None:
+    from occamkv.evals.receipt_page import html
+
+    if path is not None:
+        write_json(data, path)
+    if page_path is not None:
+        write_text(html(data), page_path)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -114,6 +155,8 @@ def _show(outcome: Outcome) -> None:
     out.print(str(outcome.report), highlight=False, soft_wrap=True)
     if not outcome.report.packed_layers:
         out.print("nothing was quantized, as you asked: every layer is 'full'.")
+    if outcome.receipt is not None and not outcome.receipt["void"]:
+        out.print(f"receipt: {outcome.receipt['verdict']}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:

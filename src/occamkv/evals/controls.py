@@ -57,14 +57,20 @@ def was_read_packed(name: str, reading: Reading) -> Control:
 
 def bytes_match(name: str, reading: Reading) -> Control:
     """Compare the bytes that a cache reports with the storages of its tensors, and with the formula of its method."""
+    reported, stored, computed = packed_bytes(reading.cache)
+    told = f"reported {reported}, held by tensors {stored}, computed {computed} bytes"
+    return Control(f"{name}: bytes are those of the tensors", reported == stored == computed > 0, told)
+
+
+def packed_bytes(cache: PackedCache) -> tuple[int, int, int]:
+    """Return the bytes of the packed layers of a cache: as reported, as held by tensors, as computed."""
     reported = stored = computed = 0
-    for layer in reading.cache.layers:
+    for layer in cache.layers:
         if isinstance(layer, PackedLayer) and layer.cache is not None and layer.cache.store is not None:
             reported += layer.report().nbytes
             stored += _storage_bytes(layer.cache)
             computed += _computed_bytes(layer.cache)
-    told = f"reported {reported}, held by tensors {stored}, computed {computed} bytes"
-    return Control(f"{name}: bytes are those of the tensors", reported == stored == computed > 0, told)
+    return reported, stored, computed
 
 
 def _storage_bytes(cache: LayerCache) -> int:

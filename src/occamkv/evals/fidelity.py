@@ -150,6 +150,7 @@ def read_together(
         model: A causal language model in eval mode.
         ids: Tokens `[1, T]`.
         plans: A plan per method. Steps end where any of them flushes, so they should flush alike (`step_ends`).
+            Plans that pack nothing go along with the others.
         score_from: First position whose prediction counts.
         one_shot: So many tokens go through in one call first, as `generate` sends a prompt; the rest in steps.
         min_tokens: As in `PackedCache`.
@@ -172,7 +173,8 @@ def read_together(
     full = DynamicCache(config=text_config(model.config))
     ends = [one_shot] if 0 < one_shot < length else []
     first_flush = {min_tokens} if one_shot < min_tokens < length else set()
-    ends += sorted(first_flush.union(*(step_ends(plan, start=one_shot, end=length) for plan in plans.values())))
+    flushing = [plan for plan in plans.values() if plan.packed_layers] or list(plans.values())
+    ends += sorted(first_flush.union(*(step_ends(plan, start=one_shot, end=length) for plan in flushing)))
     with LayerWatch(model) if watch_layers else nullcontext() as watch:
         start = 0
         for end in ends:

@@ -1,4 +1,4 @@
-"""What the report is made of: entries, intervals, and a table of entries."""
+"""What the pages are made of: entries, intervals, a table of entries, and what the controls said."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from occamkv import html
-from occamkv.html import code, printable
+from occamkv.html import code, note, printable, text
 
 FULL = "full"
 INTERVAL = "95\N{NO-BREAK SPACE}% interval"
@@ -58,3 +58,23 @@ def table(heads: Sequence[str], rows: Sequence[tuple[Entry | None, Sequence[str]
     """Return a table in which full precision is no more than a reference; see `occamkv.html.table`."""
     full = [index for index, (entry, _) in enumerate(rows) if entry is not None and entry.full]
     return html.table(heads, [cells for _, cells in rows], quiet=full)
+
+
+def banner(void: str, result: Mapping[str, Any]) -> str:
+    """Return which controls failed, headed by `void` if that makes the result worthless; nothing if none did."""
+    failed = [control for control in result["controls"] if not control["passed"]]
+    if not failed and not result["void"]:
+        return ""
+    what = void if result["void"] else "A control failed."
+    told = "".join(f"<li><b>{text(control['name'])}</b>: {text(control['told'])}</li>" for control in failed)
+    why = f"<ul>{told}</ul>" if failed else " No control says why."
+    return f'<div class="banner" role="alert"><strong>{what}</strong>{why}</div>'
+
+
+def controls_told(controls: Sequence[Mapping[str, Any]]) -> str:
+    """Return a list of controls with what each one saw."""
+    states = {True: '<span class="passed">✓ passed</span>', False: '<span class="failed">✗ failed</span>'}
+    told = "".join(
+        f"<li>{states[control['passed']]} {text(control['name'])}: {text(control['told'])}</li>" for control in controls
+    )
+    return f'<h3>Controls</h3><ul class="controls">{told}</ul>' if told else note("No controls were run.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from occamkv.drawing import colour, dark_colours, need_matplotlib
-from occamkv.evals.page import FULL, INTERVAL, Entry, decimals, named, span, table
+from occamkv.evals.page import FULL, INTERVAL, Entry, banner, controls_told, decimals, named, span, table
 from occamkv.evals.result import check
 from occamkv.evals.verdict import overlap, verdict
 from occamkv.html import code, facts, mib, note, number, page, percent, section, text
@@ -43,7 +43,7 @@ def html(result: Mapping[str, Any]) -> str:
     title = f"What a packed KV cache costs {result['model']['name']}"
     body = [
         _head(result, title),
-        _banner(result),
+        banner("This run is void: its numbers say nothing about the methods.", result),
         f'<p class="verdict">{verdict(result)}</p>',
         _overview(entries),
         *parts.values(),
@@ -60,17 +60,6 @@ def _head(result: Mapping[str, Any], title: str) -> str:
         f"{text(result['date'])}"
     )
     return f'<header><h1>{text(title)}</h1><p class="under">{under}</p></header>'
-
-
-def _banner(result: Mapping[str, Any]) -> str:
-    """Return what failed, or nothing."""
-    failed = [control for control in result["controls"] if not control["passed"]]
-    if not failed and not result["void"]:
-        return ""
-    what = "This run is void: its numbers say nothing about the methods." if result["void"] else "A control failed."
-    told = "".join(f"<li><b>{text(control['name'])}</b>: {text(control['told'])}</li>" for control in failed)
-    why = f"<ul>{told}</ul>" if failed else " No control says why."
-    return f'<div class="banner" role="alert"><strong>{what}</strong>{why}</div>'
 
 
 def _overview(entries: Sequence[Entry]) -> str:
@@ -184,15 +173,10 @@ def _measured(result: Mapping[str, Any]) -> str:
         "Seed": text(result["seed"]),
         "Date": text(result["date"]),
     }
-    states = {True: '<span class="passed">✓ passed</span>', False: '<span class="failed">✗ failed</span>'}
-    controls = "".join(
-        f"<li>{states[control['passed']]} {text(control['name'])}: {text(control['told'])}</li>"
-        for control in result["controls"]
-    )
     return section(
         "How it was measured",
         "The same tokens go through a packed and a full-precision cache in steps that equal token-by-token decoding.",
         f"<pre><code>{text(result['command'])}</code></pre>",
         facts(told),
-        f'<h3>Controls</h3><ul class="controls">{controls}</ul>' if controls else note("No controls were run."),
+        controls_told(result["controls"]),
     )

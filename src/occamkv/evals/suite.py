@@ -17,6 +17,7 @@ from occamkv import __version__
 from occamkv.cache import Plan
 from occamkv.errors import UnsupportedInput
 from occamkv.evals import controls
+from occamkv.evals.about import about_model
 from occamkv.evals.fidelity import Reading, read_together, step_ends
 from occamkv.evals.journal import Journal
 from occamkv.evals.probes import KINDS, Probe, make_probes, run_probe
@@ -26,7 +27,6 @@ from occamkv.evals.rows import Outcome, make_row
 from occamkv.evals.tasks import Task, run_task
 from occamkv.evals.texts import Text, windows
 from occamkv.integrations.transformers import plan_for
-from occamkv.integrations.transformers.fingerprint import fingerprint
 from occamkv.integrations.transformers.model import text_config
 from occamkv.methods import Method
 
@@ -112,7 +112,7 @@ def evaluate(
     )
     probes = _probes(text.text, tokenizer, protocol)
     about = {
-        "model": _about(model),
+        "model": about_model(model),
         "text": {"name": text.name, "sha256": text.sha256},
         "protocol": asdict(protocol),
         "plans": {name: plan.to_json() for name, plan in plans.items()},
@@ -166,21 +166,6 @@ def _probes(text: str, tokenizer: Any, protocol: Protocol) -> list[Probe]:
         per_cell=protocol.probes,
         chat=protocol.chat,
     )
-
-
-def _about(model: PreTrainedModel) -> dict[str, Any]:
-    text = text_config(model.config)
-    heads = getattr(text, "num_attention_heads", None)
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
-    return {
-        "name": str(getattr(model, "name_or_path", "")),
-        "model_type": text.model_type,
-        "fingerprint": fingerprint(text),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "layers": getattr(text, "num_hidden_layers", None),
-        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": head_dim,
-    }
 
 
 @dataclass

@@ -97,8 +97,13 @@ def _attend_packed(
         seen = _seen(module, query, layer, cache, mask, options)
         with torch.no_grad():
             _observe(layer, cache, query, seen, reading)
+            looked_at = layer.shadow if any(cache.packed_tokens()) else None
             out = cache.attend(query, seen=seen, scale=scaling, softcap=reading.softcap, sinks=reading.sinks)
-        return out.transpose(1, 2).contiguous()
+            out = out.transpose(1, 2).contiguous()
+            if looked_at is not None and looked_at.samples():
+                full = _attend_exactly(module, query.float(), *looked_at.copy(), mask, scaling, options)
+                looked_at.note(out, full, None if seen is None else seen.kept)
+        return out
     except Exception:
         cache.forget_step()
         layer.shared.roll_back(min(before, cache.length), failed=layer.index)
@@ -179,6 +184,20 @@ def _attend_plain(
             0
         ]
         return out
+    return _attend_exactly(module, query, key, value, mask, scaling, options)
+
+
+def _attend_exactly(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attend in full precision by the reference, `[B, T, Hq, D]`, sums in float32."""
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
     batch, length, slots = query.shape[0], query.shape[2], key.shape[2]
     at = torch.arange(slots, device=query.device).expand(batch, -1)
     bias = options.get("position_bias")

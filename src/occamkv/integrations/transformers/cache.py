@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ from occamkv.integrations.transformers import attention
 from occamkv.integrations.transformers.layer import PackedLayer, has_state
 from occamkv.integrations.transformers.model import decoders, text_config, use_attention
 from occamkv.integrations.transformers.plan import build_layers, current_plan, plan_for
+from occamkv.integrations.transformers.shadow import Verify, cast_shadows, read_verify, verification_of
 from occamkv.integrations.transformers.statistics import statistics_for
 from occamkv.methods import DEFAULT_METHOD, Method
 from occamkv.methods.crossing import Statistics
@@ -39,6 +41,8 @@ class PackedCache(DynamicCache):
         balance: d of each layer, `{layer: [H, D]}`, for methods with a balanced rotation; by default it is taken from
             the model, by one short pass over random token ids.
         min_tokens: Keep a sequence in full precision until it has this many tokens.
+        verify: Shadow some layers in full precision (True, or a `Verify`), so that `report(verify=True)` can say how
+            far their attention was from it.
 
     Raises:
         NothingQuantized: No layer of the model can be packed.
@@ -56,12 +60,15 @@ class PackedCache(DynamicCache):
         plan: Plan | str | Path | None = None,
         balance: Mapping[int, Tensor] | None = None,
         min_tokens: int = 0,
+        verify: Verify | bool | None = None,
     ) -> None:
         attention.register()
         refuse_own_cache(model)
+        wanted = read_verify(verify)
         config = model.config if isinstance(model, nn.Module) else model
         self._plan, statistics = statistics_for(model, make_plan(config, method, plan), balance)
         Cache.__init__(self, layers=build_layers(config, self._plan, statistics=statistics, min_tokens=min_tokens))
+        cast_shadows(self.layers, wanted)
         if isinstance(model, nn.Module) and self._plan.packed_layers:
             use_attention(model, attention.NAME)
 
@@ -79,13 +86,21 @@ class PackedCache(DynamicCache):
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def report(self) -> CacheReport:
-        """Say, layer by layer, what is packed, how, and how many bytes it takes."""
-        return report_of(self, self.plan)
+    def report(self, *, verify: bool = False) -> CacheReport:
+        """Say, layer by layer, what is packed, how, and how many bytes it takes.
+
+        Args:
+            verify: Also say what the shadows saw.
+
+        Raises:
+            UnsupportedInput: It shall, and the cache was made without `verify`.
+        """
+        return report_of(self, self.plan, verify=verify)
 
     def nbytes(self) -> int:
-        """Return the bytes of all tensors that hold tokens."""
-        return self.report().nbytes
+        """Return the bytes of all tensors that hold tokens, shadows included."""
+        report = self.report()
+        return report.nbytes + report.shadow_bytes
 
 
 def refuse_own_cache(model: Any) -> None:
@@ -105,8 +120,8 @@ def make_plan(config: Any, method: Method | str, plan: Plan | str | Path | None)
     return plan if isinstance(plan, Plan) else Plan.load(plan)
 
 
-def report_of(cache: Cache, plan: Plan) -> CacheReport:
-    """Report on any transformers cache with packed layers."""
+def report_of(cache: Cache, plan: Plan, *, verify: bool = False) -> CacheReport:
+    """Report on any transformers cache with packed layers, as `PackedCache.report` does."""
     rows = []
     for entry, layer in zip(plan.layers, cache.layers, strict=True):
         if isinstance(layer, PackedLayer):
@@ -115,7 +130,7 @@ def report_of(cache: Cache, plan: Plan) -> CacheReport:
         held = sum(t.nbytes for t in _tensors(layer))
         tokens = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) and layer.is_initialized else 0
         rows.append(LayerReport(entry.index, "full", entry.reason, tokens=tokens, residual_bytes=held, full_bytes=held))
-    return CacheReport(tuple(rows))
+    return CacheReport(tuple(rows), verification_of(cache.layers) if verify else None)
 
 
 def _tensors(layer: Any) -> list[Tensor]:
@@ -129,8 +144,16 @@ def _tensors(layer: Any) -> list[Tensor]:
 class Attachment:
     """What `attach` returns: `remove()` or the end of a `with` block undoes it; `report()` is of the newest cache."""
 
-    def __init__(self, model: nn.Module, plan: Plan, *, statistics: Mapping[int, Statistics], min_tokens: int) -> None:
-        self._plan = plan
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        *,
+        statistics: Mapping[int, Statistics],
+        min_tokens: int,
+        verify: Verify | None,
+    ) -> None:
+        self._plan, self._verify = plan, verify
         self._model, self._statistics, self._min_tokens = model, statistics, min_tokens
         self._newest: Cache | None = None
         self._last_report: CacheReport | None = None
@@ -160,7 +183,7 @@ class Attachment:
         """Undo `attach`: new caches are transformers' own again. Caches made meanwhile stay packed."""
         if not self._hooks:
             return
-        self._last_report, self._plan = self.report(), self.plan
+        self._last_report, self._plan = self.report(verify=self._verify is not None), self.plan
         self._newest = None
         for hook in self._hooks:
             hook.remove()
@@ -168,11 +191,22 @@ class Attachment:
         if self._before is not None:
             use_attention(self._model, self._before)
 
-    def report(self) -> CacheReport | None:
-        """Report on the newest packed cache, which is held until the next one or `remove`; None if there was none."""
-        if self._newest is None:
-            return self._last_report
-        return report_of(self._newest, self._plan)
+    def report(self, *, verify: bool = False) -> CacheReport | None:
+        """Report on the newest packed cache, which is held until the next one or `remove`; None if there was none.
+
+        Args:
+            verify: As in `PackedCache.report`.
+
+        Raises:
+            UnsupportedInput: As there.
+        """
+        if verify and self._verify is None:
+            verification_of(())
+        if self._newest is not None:
+            return report_of(self._newest, self._plan, verify=verify)
+        return (
+            self._last_report if verify or self._last_report is None else replace(self._last_report, verification=None)
+        )
 
     def _give_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get("past_key_values")
@@ -207,6 +241,7 @@ class Attachment:
             return
         config = self._model.config
         cache.layers = build_layers(config, self._plan, statistics=self._statistics, min_tokens=self._min_tokens)
+        cast_shadows(cache.layers, self._verify)
         cache.layer_class_to_replicate = None
         self._newest = cache
 
@@ -244,6 +279,7 @@ def attach(
     plan: Plan | str | Path | None = None,
     balance: Mapping[int, Tensor] | None = None,
     min_tokens: int = 0,
+    verify: Verify | bool | None = None,
 ) -> Attachment:
     """Give every new cache of a model packed layers; plain `generate` and pipelines then use them.
 
@@ -254,6 +290,8 @@ def attach(
         balance: d of each layer, `{layer: [H, D]}`, for methods with a balanced rotation; by default it is taken from
             the model, by one short pass over random token ids.
         min_tokens: Keep a sequence in full precision until it has this many tokens.
+        verify: Shadow some layers in full precision (True, or a `Verify`), so that `report(verify=True)` can say how
+            far their attention was from it.
 
     Returns:
         A handle with `remove()` and `report()`, also a context manager.
@@ -269,10 +307,12 @@ def attach(
     refuse_own_cache(target)
     if target.training:
         warnings.warn("this model is in training mode and makes no packed caches by itself; call eval().", stacklevel=2)
+    wanted = read_verify(verify)
     chosen, statistics = statistics_for(target, make_plan(target.config, method, plan), balance)
-    build_layers(target.config, chosen, statistics=statistics, min_tokens=min_tokens)  # refuses what does not fit
+    layers = build_layers(target.config, chosen, statistics=statistics, min_tokens=min_tokens)
+    cast_shadows(layers, wanted)  # these layers are not used: both refuse what does not fit
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in target._forward_pre_hooks.values()):
         raise UnsupportedInput(
             "this model is already attached. Call remove() on the first handle, or leave its with block."
         )
-    return Attachment(target, chosen, statistics=statistics, min_tokens=min_tokens)
+    return Attachment(target, chosen, statistics=statistics, min_tokens=min_tokens, verify=wanted)

@@ -6,7 +6,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from occamkv.methods import Method
 from occamkv.methods.auto import Dial
 from occamkv.methods.crossing import Statistics
 from occamkv.methods.trial import Reading
+
+if TYPE_CHECKING:
+    from occamkv.integrations.transformers.shadow import Shadow
 
 Observer = Callable[[Tensor, LayerCache, Reading], None]
 
@@ -106,7 +109,7 @@ class PackedLayer(DynamicLayer):
     """A full-attention layer whose K and V are packed. `update` returns `PackedTensor`s for our attention function.
 
     An `observer` is called with Q `[B, Hq, T, D]` of each step in model space, the cache before it packs anything of
-    that step, and how the layer reads its tokens.
+    that step, and how the layer reads its tokens. A `shadow` is given K and V of each step.
 
     Args:
         index: Number of the layer.
@@ -134,6 +137,7 @@ class PackedLayer(DynamicLayer):
         )
         self.reason: str | None = None
         self.observer: Observer | None = None
+        self.shadow: Shadow | None = None
         self.shared = Shared("", ())
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -227,6 +231,8 @@ class PackedLayer(DynamicLayer):
         except OccamError:
             self.shared.roll_back(self.cache.length, failed=self.index)
             raise
+        if self.shadow is not None:
+            self.shadow.take(key_states, value_states, length=length)
         return (
             PackedTensor(self, is_value=False, like=key_states, length=length),
             PackedTensor(self, is_value=True, like=value_states, length=length),
@@ -267,6 +273,8 @@ class PackedLayer(DynamicLayer):
             self._keys = self._values = None
         else:
             self.cache.reset()
+        if self.shadow is not None:
+            self.shadow.reset()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -304,6 +312,8 @@ class PackedLayer(DynamicLayer):
             return
         if self.cache is not None:
             self.cache.select(rows)
+            if self.shadow is not None:
+                self.shadow.select(rows)
         elif self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[rows], self._values[rows]
 
@@ -353,6 +363,7 @@ class PackedLayer(DynamicLayer):
             packing_starts=self.cache.packing_starts,
             dropped_tokens=sum(row.dropped for row in store.rows),
             key_bias_pairs=self.cache.key_bias_pairs,
+            shadow_bytes=0 if self.shadow is None else self.shadow.nbytes,
         )
 
 
