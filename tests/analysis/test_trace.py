@@ -64,9 +64,7 @@ def sight(real: Tensor, window: int | None) -> Tensor:
 def test_received_and_rows_are_those_of_eager_attention(name, block, monkeypatch):
     monkeypatch.setattr(received, "_LOGITS", block)
     tiny = TINY[name]
-    model, inputs = tiny.build(), prompt(tiny, PADDED)
-    if not all(part._can_set_attn_implementation() for part in decoders(model)):
-        pytest.skip(f"{type(model).__name__} of this transformers has attention outside the interface")
+    model, inputs = tiny.build_traceable(), prompt(tiny, PADDED)
     trace = record(model, inputs, selection=Selection(received=True, rows=ROWS))
     full = [weights for weights in eager_attention(model, inputs) if weights is not None]
     full = [
@@ -107,7 +105,7 @@ def test_twin_what_bends_attention_would_be_missed(lost, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", SINKS, "t5, an encoder and a decoder", "llava with an image"])
 def test_causal_says_whether_attention_follows_from_what_the_trace_holds(name):
     tiny = TINY[name]
-    layers = record(tiny.build(), prompt(tiny, PADDED)).layers
+    layers = record(tiny.build_traceable(), prompt(tiny, PADDED)).layers
     assert {layer.causal for layer in layers} == {name != "t5, an encoder and a decoder"}
 
 
@@ -278,7 +276,8 @@ def test_what_a_trace_says_of_the_prompt():
     assert trace.texts == tuple(f" w{token} \u00e9" for token in inputs["input_ids"][0].tolist())
     assert torch.equal(trace.real, inputs["attention_mask"].bool()) and torch.equal(trace.ids, inputs["input_ids"])
     assert trace.positions == tuple(range(45)) and trace.model_type == "llama"
-    assert record(LLAMA.build(), words(3)).texts == tuple(f"[{token}]" for token in words(3).tolist())
+    bare = record(LLAMA.build(), words(3).int())
+    assert bare.texts == tuple(f"[{token}]" for token in words(3).tolist()) and bare.ids.dtype == torch.int64
 
 
 def test_the_modality_of_each_token_is_kept(tmp_path):

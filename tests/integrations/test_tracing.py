@@ -29,14 +29,6 @@ PADDED = {0: 45, 1: 38}
 LONGER_THAN_THE_WINDOW = 45
 
 
-def build(tiny: Tiny) -> nn.Module:
-    """Build a model whose attention can be traced in this version of transformers, or skip the test."""
-    model = tiny.build()
-    if not all(part._can_set_attn_implementation() for part in decoders(model)):
-        pytest.skip(f"{type(model).__name__} of this transformers has attention outside the interface")
-    return model
-
-
 def traced(model: nn.Module, inputs: Any, **options: Any) -> dict[int, Call]:
     calls: dict[int, Call] = {}
     trace_attention(model, inputs, lambda call: calls.update({call.layer: call}), **options)
@@ -105,7 +97,7 @@ def same(tiny: Tiny, found: Tensor, expected: Tensor, inputs: dict[str, Tensor])
 @pytest.mark.parametrize("name", [name for name in ALL if name != LATENT])
 def test_k_and_v_are_those_that_a_cache_holds(name):
     tiny = ALL[name]
-    model = build(tiny)
+    model = tiny.build_traceable()
     inputs = prompt(tiny, PADDED)
     calls, compared = traced(model, inputs), 0
     for index, layer in enumerate(cached(model, inputs)):
@@ -140,7 +132,7 @@ def test_k_of_latent_attention_ends_in_what_the_cache_holds_for_all_heads():
 @pytest.mark.parametrize("name", ALL)
 def test_the_model_computes_what_it_always_computes(name):
     tiny = ALL[name]
-    model = build(tiny)
+    model = tiny.build_traceable()
     inputs, outputs = prompt(tiny, PADDED), []
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -156,7 +148,7 @@ def test_the_model_computes_what_it_always_computes(name):
 
 @pytest.mark.parametrize("tiny", [T5, BART], ids=["t5", "bart"])
 def test_of_an_encoder_and_a_decoder_only_the_decoders_self_attention_is_shown(tiny):
-    model = build(tiny)
+    model = tiny.build_traceable()
     inputs = prompt(tiny, {0: ENCODER_TOKENS})  # cross-attention has as many keys as queries
     seen: list[str] = []
     names = {part: name for name, part in model.named_modules()}
@@ -178,7 +170,7 @@ def test_of_an_encoder_and_a_decoder_only_the_decoders_self_attention_is_shown(t
 
 
 def test_token_ids_alone_are_read_by_both_parts_of_an_encoder_decoder_model():
-    model, ids = build(BART), words(20)
+    model, ids = BART.build_traceable(), words(20)
     calls = traced(model, read_prompt(model, ids).inputs)
     same = traced(model, {"input_ids": ids[None], "decoder_input_ids": ids[None]})
     assert torch.equal(calls[1].k, same[1].k)
@@ -248,7 +240,7 @@ KINDS = ["llama", "llava with an image", "t5, an encoder and a decoder"]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_model_is_left_as_it_was(kind, mode, implementation):
-    model = build(TINY[kind])
+    model = TINY[kind].build_traceable()
     decoders(model)[-1].set_attn_implementation(implementation)
     MODES[mode](model)
     warm_up(model, kind)
@@ -259,7 +251,7 @@ def test_the_model_is_left_as_it_was(kind, mode, implementation):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_is_left_as_it_was_after_an_error(kind):
-    model = build(TINY[kind])
+    model = TINY[kind].build_traceable()
     model.train()
     warm_up(model, kind)
     before = state_of(model)
@@ -275,7 +267,7 @@ def test_the_model_is_left_as_it_was_after_an_error(kind):
 
 
 def test_an_encoder_with_another_attention_keeps_it():
-    model = build(T5)
+    model = T5.build_traceable()
     model.get_encoder().set_attn_implementation("eager")
     before = state_of(model)
     traced(model, prompt(T5, PADDED))

@@ -217,7 +217,7 @@ def record(
 def _frame(model: nn.Module, prompt: Prompt, positions: tuple[int, ...], tokenizer: Any) -> Trace:
     """Return a trace without layers."""
     at, text = torch.tensor(positions), text_config(model.config)
-    ids, real = (x.cpu()[:, at] for x in (prompt.ids, prompt.real))
+    ids, real = prompt.ids.cpu().long()[:, at], prompt.real.cpu()[:, at]
     texts = [f"[{token}]" if tokenizer is None else tokenizer.decode([token]) for token in ids[0].tolist()]
     modality = tuple(prompt.modality[position] for position in positions)
     return Trace((), ids, tuple(texts), real, modality, text.model_type, fingerprint(text), 0, positions)
@@ -279,7 +279,7 @@ def _refuse_nan(name: str, x: Tensor, real: Tensor, layer: int) -> None:
 
 
 class _TraceWriter(TensorWriter):
-    """Writes a trace layer by layer; those that `trace` holds itself are not looked at."""
+    """Writes a trace; its layers come one by one, and those that it may hold itself are not looked at."""
 
     def __init__(self, path: Path, trace: Trace) -> None:
         super().__init__(path)

@@ -93,7 +93,8 @@ def attention_forward(
     run = _running.get()
     if run is not None and run.takes(module, query, key):
         sinks = options.get("s_aux")
-        reading = Reading(scaling, options.get("softcap"), None if sinks is None else sinks.detach())
+        scale = None if scaling is None else float(scaling)
+        reading = Reading(scale, options.get("softcap"), None if sinks is None else sinks.detach())
         causal = attention.is_causal(module, options)
         bias, window = options.get("position_bias"), options.get("sliding_window")
         hidden = run.entered.get(run.seen[-1])
@@ -110,7 +111,7 @@ def trace_attention(
     layers: Collection[int] | None = None,
     hidden: bool = False,
 ) -> list[int]:
-    """Run a model once, without a cache, and hand over each self-attention call of its decoder.
+    """Run a model once over a whole prompt and hand over each self-attention call of its decoder.
 
     Args:
         model: A transformers model. Afterwards it is as it was, also when something failed.
@@ -126,8 +127,9 @@ def trace_attention(
         UnsupportedModel: No attention of the model goes through transformers' attention interface.
     """
     run = _Run(model, consume, layers)
+    shares = bool(getattr(text_config(model.config), "num_kv_shared_layers", 0))  # older versions do so in the cache
     with _evaluation(model), _traced(model, run), _hooked(_hooks(model, run, hidden=hidden)):
-        model(**{**inputs, "use_cache": False})
+        model(**{**inputs, "use_cache": shares})
     if not run.seen:
         raise UnsupportedModel(
             f"{type(model).__name__} has no self-attention that goes through transformers' attention interface, so "
