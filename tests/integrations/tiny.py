@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import nn
 
+from occamkv.integrations.transformers.model import decoders
+
 IMAGE_TOKEN, NEVER_SAID = 90, 10**6
 FIRST_WORD = 3  # tokens below it are pad, bos and eos
 
@@ -77,6 +79,15 @@ class Tiny:
         model = self.build_any(dtype)
         if self.has_own_cache(model):
             pytest.skip(f"transformers {transformers.__version__} gives {self.model} its own {self.own_cache}")
+        return model
+
+    def build_traceable(self) -> nn.Module:
+        """Build the model; skip the test where this version of transformers has its attention outside the interface."""
+        model = self.build()
+        if not all(part._can_set_attn_implementation() for part in decoders(model)):
+            pytest.skip(
+                f"transformers {transformers.__version__} has the attention of {self.model} outside the interface"
+            )
         return model
 
     def reads_dequantized(self, model: nn.Module) -> bool:

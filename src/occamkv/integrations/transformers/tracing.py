@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from occamkv.errors import UnsupportedModel
@@ -93,7 +93,8 @@ def attention_forward(
     run = _running.get()
     if run is not None and run.takes(module, query, key):
         sinks = options.get("s_aux")
-        reading = Reading(scaling, options.get("softcap"), None if sinks is None else sinks.detach())
+        scale = None if scaling is None else float(scaling)
+        reading = Reading(scale, options.get("softcap"), None if sinks is None else sinks.detach())
         causal = attention.is_causal(module, options)
         bias, window = options.get("position_bias"), options.get("sliding_window")
         hidden = run.entered.get(run.seen[-1])
@@ -110,7 +111,7 @@ def trace_attention(
     layers: Collection[int] | None = None,
     hidden: bool = False,
 ) -> list[int]:
-    """Run a model once, without a cache, and hand over each self-attention call of its decoder.
+    """Run a model once over a whole prompt and hand over each self-attention call of its decoder.
 
     Args:
         model: A transformers model. Afterwards it is as it was, also when something failed.
@@ -126,8 +127,9 @@ def trace_attention(
         UnsupportedModel: No attention of the model goes through transformers' attention interface.
     """
     run = _Run(model, consume, layers)
+    shares = bool(getattr(text_config(model.config), "num_kv_shared_layers", 0))  # older versions do so in the cache
     with _evaluation(model), _traced(model, run), _hooked(_hooks(model, run, hidden=hidden)):
-        model(**{**inputs, "use_cache": False})
+        model(**{**inputs, "use_cache": shares})
     if not run.seen:
         raise UnsupportedModel(
             f"{type(model).__name__} has no self-attention that goes through transformers' attention interface, so "
@@ -149,8 +151,8 @@ def _traced(model: nn.Module, run: _Run) -> Iterator[None]:
     """Put our attention function in place, for this pass."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # without it no mask is passed at all
-    before = use_attention(model, NAME)
-    if before is None:
+    before = {part: part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)}
+    if use_attention(model, NAME) is None:
         raise UnsupportedModel(
             f"{type(model).__name__} has attention outside transformers' attention interface, which shows no queries "
             "and keys. Allowed: models whose attention implementation can be set."
@@ -160,7 +162,9 @@ def _traced(model: nn.Module, run: _Run) -> Iterator[None]:
         yield
     finally:
         _running.reset(token)
-        use_attention(model, before)
+        for part, name in before.items():  # outermost first: setting it sets its parts
+            if part.config._attn_implementation != name:
+                part.set_attn_implementation(name)
 
 
 @contextmanager
@@ -199,7 +203,9 @@ def _hooks(model: Any, run: _Run, *, hidden: bool) -> list[tuple[nn.Module, Call
 
     head = model.get_output_embeddings()
     layers = _layers(run.decoder).items() if hidden else ()
-    return [(layer, entering(index)) for index, layer in layers] + ([] if head is None else [(head, last)])
+    return [(layer, entering(index)) for index, layer in layers] + (
+        [(head, last)] if isinstance(head, nn.Module) else []
+    )
 
 
 def _layers(decoder: nn.Module) -> dict[int, nn.Module]:
