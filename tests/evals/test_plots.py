@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from occamkv.drawing import colour, dark_colours
 from occamkv.evals import plots
 from occamkv.evals.plots import Box, Curve, Point
 
@@ -74,7 +75,7 @@ def test_every_figure_is_an_image_with_a_name():
 def test_every_colour_has_a_dark_twin():
     variables = {name for svg in figures() for name in re.findall(r"var\((--[\w-]+)", svg)}
     assert {"--figure-ink", "--figure-muted", "--method-0", "--method-2"} <= variables
-    assert variables <= set(re.findall(r"(--[\w-]+):#", plots.dark_colours()))
+    assert variables <= set(re.findall(r"(--[\w-]+):#", dark_colours()))
     for svg in figures()[:3]:
         bare = re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg)
         assert bare == [], "a colour that does not change with the ground"
@@ -90,7 +91,7 @@ def test_any_name_can_be_drawn(name):
 
 def test_points_stand_where_their_numbers_say():
     svg = plots.bits_and_kl(POINTS, title="t")
-    places = [marks(svg, plots.colour(p.colour))[0] for p in POINTS]
+    places = [marks(svg, colour(p.colour))[0] for p in POINTS]
     for (one, (x1, y1)), (other, (x2, y2)) in itertools.combinations(zip(POINTS, places, strict=True), 2):
         per_bit = (places[1][0] - places[0][0]) / 0.083
         per_factor = (places[1][1] - places[0][1]) / math.log(0.4 / 0.08)
@@ -170,8 +171,8 @@ def test_a_panel_for_each_line_on_the_same_axes():
     assert len(panels) == 2
     assert texts(panels[0]) == texts(panels[1])
     assert {"position, tokens", "KL, nats"} <= set(texts(panels[0]))
-    assert len(marks(panels[0], plots.colour(0))) == 3
-    assert len(marks(panels[1], plots.colour(1))) == 2, "0 has no place on a logarithmic axis"
+    assert len(marks(panels[0], colour(0))) == 3
+    assert len(marks(panels[1], colour(1))) == 2, "0 has no place on a logarithmic axis"
 
 
 def test_a_line_that_cannot_be_shown_has_no_panel():

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from occamkv.bench.result import check, crossover, crossover_text, tokens_text
+from occamkv.drawing import GRID, MUTED, house_style, save_png
 from occamkv.errors import UnsupportedInput
 
-_INK, _MUTED, _GRID = "#2b2f36", "#5d6570", "#e3e6ea"
 _OURS = ("#0072b2", "#aa4499", "#117733", "#332288", "#2a9d8f")
 _STOCK = {"sdpa_gqa": "#d55e00", "sdpa_folded": "#a87900", "manual_folded": "#7b8694", "stock": "#d55e00"}
 _LABELS = {
@@ -30,24 +28,7 @@ _DASHED = ("fp32", "float32")
 _COLUMNS = 3
 _PANEL_WIDTH, _ONLY_WIDTH, _PANEL_HEIGHT, _LEFT, _RIGHT, _GAP = 3.7, 6.2, 2.5, 0.85, 0.3, 0.65  # inches
 _LEGEND_ROW, _NOTE_HEIGHT = 0.2, 0.17
-_DOTS_PER_INCH = 160
 _LEAST_SPAN = 5  # of the y axis, so that it has some numbers
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "text.color": _INK,
-    "text.parse_math": False,
-    "figure.facecolor": "white",
-}
 
 
 @dataclass(frozen=True)
@@ -80,9 +61,8 @@ def draw(result: Mapping[str, Any], path: Path | str) -> None:
     if result["kind"] not in _KINDS:
         raise UnsupportedInput(f"there is no figure of kind {result['kind']!r}; allowed: {', '.join(_KINDS)}.")
     panels_of, y_label = _KINDS[result["kind"]]
-    with _house_style():
-        figure = _figure(panels_of(result["rows"]), y_label, _caption(result))
-        figure.savefig(path, dpi=_DOTS_PER_INCH, metadata={"Software": None})
+    with house_style(size=10):
+        save_png(_figure(panels_of(result["rows"]), y_label, _caption(result)), path)
 
 
 def attend_panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
@@ -202,7 +182,7 @@ def _figure(panels: Sequence[Panel], y_label: str, caption: str) -> Figure:
         handlelength=2.6,
         columnspacing=2.2,
     )
-    figure.text(0.5, 0.12 / height, caption, ha="center", fontsize=8, color=_MUTED, linespacing=1.4)
+    figure.text(0.5, 0.12 / height, caption, ha="center", fontsize=8, color=MUTED, linespacing=1.4)
     return figure
 
 
@@ -225,7 +205,7 @@ def _fill_panel(axes: Axes, panel: Panel) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(color=_GRID, lw=0.7)
+    axes.grid(color=GRID, lw=0.7)
     axes.tick_params(length=0, pad=5, labelsize=9)
     axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", pad=6 + 12 * len(panel.crossings))
     for index, (colour, tokens, told) in enumerate(panel.crossings):
@@ -254,12 +234,3 @@ def _look(line: Line) -> dict[str, Any]:
 
 def _handle(line: Line) -> Line2D:
     return Line2D([], [], **{name: value for name, value in _look(line).items() if name != "zorder"})
-
-
-@contextmanager
-def _house_style() -> Iterator[None]:
-    """Draw with our settings, whatever the user's are."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        yield

@@ -10,6 +10,7 @@ import typer
 
 from occamkv.cli.bench_tables import show
 from occamkv.cli.shell import app, check_writable, stages, verb, write_json
+from occamkv.drawing import need_matplotlib
 from occamkv.errors import UnsupportedInput
 
 if TYPE_CHECKING:
@@ -156,12 +157,7 @@ def _isa() -> str | None:
 def _need_plots(path: str) -> None:
     if not path.endswith(".png"):
         raise UnsupportedInput(f"the plot file is {path!r}; allowed: a name that ends with .png.")
-    try:
-        import occamkv.bench.plots  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise UnsupportedInput("--plot draws with matplotlib. Run: pip install 'occamkv[plots]'") from error
+    need_matplotlib("--plot")
 
 
 def _set_isa(isa: str | None) -> None:

@@ -74,9 +74,10 @@ def evaluate_model(
     for path in (json_file, html_file):
         check_writable(path)
     if html_file is not None:
-        from occamkv.evals.report import html, need_matplotlib
+        from occamkv.drawing import need_matplotlib
+        from occamkv.evals.report import html
 
-        need_matplotlib()
+        need_matplotlib("the report")
     chosen = _methods(methods, bits)
     share = _wish(quality, chosen, save_plan)
     given = locals()

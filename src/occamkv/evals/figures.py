@@ -6,21 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from occamkv.drawing import COLOURS, positive
 from occamkv.evals import plots
-from occamkv.evals.page import (
-    FULL,
-    INTERVAL,
-    Entry,
-    codes,
-    named,
-    note,
-    number,
-    percent,
-    printable,
-    section,
-    table,
-    text,
-)
+from occamkv.evals.page import FULL, INTERVAL, Entry, codes, named, table
+from occamkv.html import note, number, panels, percent, printable, section, text
 
 _Bins = Sequence[Mapping[str, Any]]
 
@@ -28,7 +17,7 @@ _Bins = Sequence[Mapping[str, Any]]
 def bits_section(entries: Sequence[Entry]) -> str:
     """Return the figure of mean KL against bits, or nothing if no method has a KL that can be drawn."""
     methods = [entry for entry in entries if not entry.full]
-    drawn = [e for e in methods if plots.positive(e.data["kl_mean"]) and math.isfinite(e.data["bits_per_value"])]
+    drawn = [e for e in methods if positive(e.data["kl_mean"]) and math.isfinite(e.data["bits_per_value"])]
     if not drawn:
         return ""
     points = [
@@ -47,7 +36,7 @@ def bits_section(entries: Sequence[Entry]) -> str:
         f"<figure>{figure}</figure>",
         note(f"Without a KL above 0 to draw: {codes(left_out)}.") if left_out else "",
         note("With so many methods, colours repeat and some names find no room; the table has them all.")
-        if len(drawn) > plots.COLOURS
+        if len(drawn) > COLOURS
         else "",
     )
 
@@ -117,22 +106,17 @@ def _curve_section(
     drawn = [(entry, line) for entry, line in lines if line.drawn]
     if not drawn and not below:
         return ""
-    panels = plots.curves([line for _, line in drawn], x_label=axes[0], y_label=axes[1])
+    figures = plots.curves([line for _, line in drawn], x_label=axes[0], y_label=axes[1])
     missing = [entry for entry, xy in found if not xy]
     zero = [entry for entry, line in lines if not line.drawn]
     return section(
         title,
         lead + (" One panel per method, the others in grey; all panels have the same axes." if len(drawn) > 1 else ""),
-        _panels([(named(entry), panel) for (entry, _), panel in zip(drawn, panels, strict=True)]) if drawn else "",
+        panels([(named(entry), svg) for (entry, _), svg in zip(drawn, figures, strict=True)]) if drawn else "",
         note(f"Not measured for {codes(missing)}.") if missing else "",
         note(f"Zero throughout, so not drawn: {codes(zero)}.") if zero else "",
         below,
     )
-
-
-def _panels(panels: Sequence[tuple[str, str]]) -> str:
-    inner = "".join(f"<figure><figcaption>{name}</figcaption>{svg}</figure>" for name, svg in panels)
-    return f'<div class="panels">{inner}</div>'
 
 
 def probe_section(entries: Sequence[Entry]) -> str:
@@ -157,7 +141,7 @@ def probe_section(entries: Sequence[Entry]) -> str:
 def _heat_maps(entries: Sequence[Entry], kind: str) -> str:
     maps = [(e, [cell for cell in e.data["probes"]["cells"] if cell["kind"] == kind]) for e in entries]
     like = [(cell["length"], cell["depth"]) for _, cells in maps for cell in cells]
-    panels = [
+    figures = [
         (
             named(entry),
             plots.heat_map(
@@ -170,7 +154,7 @@ def _heat_maps(entries: Sequence[Entry], kind: str) -> str:
         for entry, cells in maps
         if (shares := [cell["exact"] for cell in cells])
     ]
-    return f"<h3>{text(kind)}</h3>{_panels(panels)}"
+    return f"<h3>{text(kind)}</h3>{panels(figures)}"
 
 
 def _probe_table(entries: Sequence[Entry]) -> str:

@@ -1,71 +1,19 @@
-"""The figures of the report, as SVG to be put inside a page: same data, same bytes.
-
-Colours are written as CSS variables with the light colour as fallback, so that a page can show them on a dark ground.
-The ground is transparent. One unit of the SVG is one pixel.
-"""
+"""The figures of the report, as SVG to be put inside a page: same data, same bytes."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-_INK, _MUTED, _GRID, _OTHERS, _GROUND = "#2b2f36", "#5d6570", "#e3e6ea", "#c3c9d1", "#ffffff"
-# Light and dark twin of each method colour: neighbours differ in lightness too, so no pair needs colour vision.
-_METHODS = (
-    ("#0072b2", "#56b4e9"),
-    ("#d55e00", "#ff8f45"),
-    ("#117733", "#4fbf7a"),
-    ("#aa4499", "#dd88cc"),
-    ("#a87900", "#e6c229"),
-    ("#332288", "#9a8cff"),
-    ("#2a9d8f", "#5eead4"),
-    ("#882255", "#e0709f"),
-    ("#7a7a1f", "#c5c55a"),
-    ("#4a9fd8", "#a8d8ff"),
-    ("#cc6677", "#f4a3ae"),
-    ("#5f6b7a", "#aab4c0"),
-)
-_TWINS = {
-    "--figure-ink": (_INK, "#e6e8eb"),
-    "--figure-muted": (_MUTED, "#a3abb6"),
-    "--figure-grid": (_GRID, "#2e343c"),
-    "--figure-ground": (_GROUND, "#15181d"),
-    "--figure-others": (_OTHERS, "#4a525d"),
-    **{f"--method-{index}": twins for index, twins in enumerate(_METHODS)},
-}
-_VARIABLES = {light: name for name, (light, _) in _TWINS.items()}
-COLOURS = len(_METHODS)
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "figure.dpi": 72,
-    "font.size": 12,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "text.color": _INK,
-    "text.parse_math": False,
-}
+from occamkv.drawing import GRID, GROUND, MUTED, OTHERS, house_style, light, positive, svg
+
 _HEAT = ("#f3e9dc", "#a9bfd0", "#5b8fb9", "#24608f")  # darker is better: an answer that was lost is a hole
 _MOST_WRITTEN = 7  # with more columns the cells are too narrow for numbers
 _LABEL_SIZE, _LETTER_WIDTH, _LINE_HEIGHT, _LONGEST_LABEL = 12, 0.6, 15.0, 30
@@ -119,22 +67,6 @@ class Box:
         return sideways and other.bottom <= self.bottom and self.top <= other.top
 
 
-def positive(value: float) -> bool:
-    """Whether a logarithmic axis can show the value."""
-    return math.isfinite(value) and value > 0
-
-
-def colour(number: int) -> str:
-    """Return the CSS colour of a method; after the last one they start again."""
-    light = _light(number)
-    return f"var({_VARIABLES[light]}, {light})"
-
-
-def dark_colours() -> str:
-    """Return the CSS declarations that make the figures readable on a dark ground."""
-    return ";".join(f"{name}:{dark}" for name, (_, dark) in _TWINS.items())
-
-
 def bits_and_kl(points: Sequence[Point], *, title: str, below: str = "") -> str:
     """Draw mean KL (log) against bits per value with intervals, names, and the Pareto front as a step line.
 
@@ -143,7 +75,7 @@ def bits_and_kl(points: Sequence[Point], *, title: str, below: str = "") -> str:
         title: What a reader who cannot see the figure is told.
         below: What lies below the axis, since its KL is 0; said in the lower right corner.
     """
-    with _house_style(title):
+    with house_style(title):
         figure = Figure(figsize=(860 / 72, 430 / 72))
         axes = figure.add_axes((66 / 860, 50 / 430, 786 / 860, 372 / 430))
         bits = [p.bits for p in points]
@@ -153,20 +85,20 @@ def bits_and_kl(points: Sequence[Point], *, title: str, below: str = "") -> str:
         front = pareto(points)
         xs = [*(p.bits for p in front), axes.get_xlim()[1]]
         ys = [*(p.kl for p in front), front[-1].kl]
-        axes.plot(xs, ys, drawstyle="steps-post", color=_MUTED, lw=0.9, dashes=(4, 3), zorder=1.5)
+        axes.plot(xs, ys, drawstyle="steps-post", color=MUTED, lw=0.9, dashes=(4, 3), zorder=1.5)
         for p in points:
             if p.interval is not None:
                 low = max(p.interval[0], axes.get_ylim()[0])
-                axes.plot([p.bits, p.bits], [low, p.interval[1]], color=_light(p.colour), lw=1.6, solid_capstyle="butt")
-            axes.plot([p.bits], [p.kl], "o", color=_light(p.colour), ms=7, mew=0, zorder=3)
-        axes.grid(color=_GRID, lw=0.8)
+                axes.plot([p.bits, p.bits], [low, p.interval[1]], color=light(p.colour), lw=1.6, solid_capstyle="butt")
+            axes.plot([p.bits], [p.kl], "o", color=light(p.colour), ms=7, mew=0, zorder=3)
+        axes.grid(color=GRID, lw=0.8)
         axes.tick_params(length=0, bottom=False, left=False, pad=6)
         axes.set_xlabel("bits per value, all overhead counted", labelpad=8)
         axes.set_ylabel("mean KL to full precision, nats")
         corner = Box(axes.bbox.x1 - _width(below), axes.bbox.y0, axes.bbox.x1, axes.bbox.y0 + 1.5 * _LINE_HEIGHT)
-        axes.text(corner.right - 2, corner.bottom + 5, below, color=_MUTED, ha="right", transform=None)
+        axes.text(corner.right - 2, corner.bottom + 5, below, color=MUTED, ha="right", transform=None)
         _name_points(axes, points, list(zip(xs, ys, strict=True)), corner)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
@@ -188,22 +120,22 @@ def curves(lines: Sequence[Curve], *, x_label: str, y_label: str) -> list[str]:
 def _panel(line: Curve, lines: Sequence[Curve], span: tuple[float, float], *, x_label: str, y_label: str) -> str:
     (first, start), (last, end) = line.drawn[0], line.drawn[-1]
     title = f"{line.name}: {y_label}, from {start:.3g} at {x_label} {first:g} to {end:.3g} at {last:g}"
-    with _house_style(title):
+    with house_style(title):
         figure = Figure(figsize=(220 / 72, 150 / 72))
         axes = figure.add_axes((52 / 220, 32 / 150, 163 / 220, 112 / 150))
         pad = 0.03 * (span[1] - span[0]) or 0.5
         axes.set_xlim(span[0] - pad, span[1] + pad)
         _log_axis(axes, [y for other in lines for _, y in other.drawn], room=1.15, ticks=5)
         for other in lines:
-            axes.plot(*zip(*other.drawn, strict=True), color=_OTHERS, lw=0.7)
-        axes.plot(*zip(*line.drawn, strict=True), "-o", color=_light(line.colour), lw=1.8, ms=2.6, mew=0, zorder=3)
-        axes.grid(axis="y", color=_GRID, lw=0.6)
+            axes.plot(*zip(*other.drawn, strict=True), color=OTHERS, lw=0.7)
+        axes.plot(*zip(*line.drawn, strict=True), "-o", color=light(line.colour), lw=1.8, ms=2.6, mew=0, zorder=3)
+        axes.grid(axis="y", color=GRID, lw=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
         axes.tick_params(length=0, bottom=False, left=False, pad=4, labelsize=9)
-        axes.set_xlabel(x_label, fontsize=9, labelpad=3, color=_MUTED)
-        axes.set_ylabel(y_label, fontsize=9, labelpad=2, color=_MUTED)
-        return _svg(figure, title)
+        axes.set_xlabel(x_label, fontsize=9, labelpad=3, color=MUTED)
+        axes.set_ylabel(y_label, fontsize=9, labelpad=2, color=MUTED)
+        return svg(figure, title)
 
 
 def heat_map(shares: Mapping[tuple[float, float], float], *, title: str, like: Sequence[tuple[float, float]]) -> str:
@@ -216,11 +148,11 @@ def heat_map(shares: Mapping[tuple[float, float], float], *, title: str, like: S
     """
     lengths, depths = (sorted({cell[i] for cell in like}) for i in (0, 1))
     height = 44 + 21 * len(depths)
-    with _house_style(title):
+    with house_style(title):
         figure = Figure(figsize=(220 / 72, height / 72))
         axes = figure.add_axes((52 / 220, 38 / height, 163 / 220, (height - 42) / height))
         values = [[shares.get((length, depth), math.nan) for length in lengths] for depth in depths]
-        axes.pcolormesh(values, cmap=_heat(), vmin=0, vmax=1, edgecolor=_GROUND, lw=1.5)
+        axes.pcolormesh(values, cmap=_heat(), vmin=0, vmax=1, edgecolor=GROUND, lw=1.5)
         axes.invert_yaxis()
         for row, column in itertools.product(range(len(depths)), range(len(lengths))):
             share = values[row][column]
@@ -235,15 +167,15 @@ def heat_map(shares: Mapping[tuple[float, float], float], *, title: str, like: S
         axes.set_yticklabels([f"{depth:g}" for depth in depths])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, bottom=False, left=False, pad=4, labelsize=9)
-        axes.set_xlabel("length, tokens", fontsize=9, labelpad=3, color=_MUTED)
-        axes.set_ylabel("depth", fontsize=9, labelpad=2, color=_MUTED)
-        return _svg(figure, title)
+        axes.set_xlabel("length, tokens", fontsize=9, labelpad=3, color=MUTED)
+        axes.set_ylabel("depth", fontsize=9, labelpad=2, color=MUTED)
+        return svg(figure, title)
 
 
 def heat_scale() -> str:
     """Draw the colours of `heat_map` from 0 to 100 %."""
     title = "Colour scale: share of probes answered exactly, from 0 % (pale) to 100 % (blue)"
-    with _house_style(title):
+    with house_style(title):
         figure = Figure(figsize=(260 / 72, 34 / 72))
         axes = figure.add_axes((12 / 260, 18 / 34, 232 / 260, 14 / 34))
         steps = 20
@@ -253,7 +185,7 @@ def heat_scale() -> str:
         axes.yaxis.set_major_locator(NullLocator())
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, bottom=False, left=False, pad=3, labelsize=9)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def place_labels(
@@ -318,7 +250,7 @@ def _write_label(axes: Axes, name: str, box: Box, anchor: tuple[float, float]) -
     at = {"left": box.left + 2, "right": box.right - 2, "center": (box.left + box.right) / 2}[side]
     nearest = (min(max(x, box.left), box.right), min(max(y, box.bottom), box.top))
     if math.dist(anchor, nearest) > 1.5 * _DISTANCES[0]:
-        axes.plot(*zip(anchor, nearest, strict=True), color=_MUTED, lw=0.7, transform=None, zorder=2)
+        axes.plot(*zip(anchor, nearest, strict=True), color=MUTED, lw=0.7, transform=None, zorder=2)
     middle = (box.bottom + box.top) / 2
     axes.text(at, middle, name, fontsize=_LABEL_SIZE, ha=side, va="center", transform=None, zorder=4)
 
@@ -344,41 +276,3 @@ def _heat() -> LinearSegmentedColormap:
 def _width(name: str) -> float:
     """Return about how many pixels a label takes, whatever the page's font is."""
     return _LETTER_WIDTH * _LABEL_SIZE * len(name) + 4
-
-
-def _light(number: int) -> str:
-    return _METHODS[number % len(_METHODS)][0]
-
-
-@contextmanager
-def _house_style(salt: str) -> Iterator[None]:
-    """Draw with our settings, whatever the user's are; names in scripts that matplotlib's font lacks are no news."""
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": salt})
-        yield
-
-
-def _svg(figure: Figure, title: str) -> str:
-    """Return the figure as an element for a page: named, without ids that could clash, fonts left to the page."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    body = text[text.index("</metadata>") + len("</metadata>") :]
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    body = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", _variable, body)
-    width, height = (round(72 * float(inches)) for inches in figure.get_size_inches())
-    label = escape(title)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{label}">'
-        + re.sub(r">\s+<", "><", body).strip()
-    )
-
-
-def _variable(found: re.Match[str]) -> str:
-    attribute, light = found.groups()
-    name = _VARIABLES.get(light)
-    return f"{attribute}: {light if name is None else f'var({name}, {light})'}"

@@ -6,26 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from occamkv.errors import UnsupportedInput
-from occamkv.evals.page import (
-    FULL,
-    INTERVAL,
-    Entry,
-    code,
-    decimals,
-    mib,
-    named,
-    note,
-    number,
-    page,
-    percent,
-    section,
-    span,
-    table,
-    text,
-)
+from occamkv.drawing import colour, dark_colours, need_matplotlib
+from occamkv.evals.page import FULL, INTERVAL, Entry, decimals, named, span, table
 from occamkv.evals.result import check
 from occamkv.evals.verdict import overlap, verdict
+from occamkv.html import code, facts, mib, note, number, page, percent, section, text
 
 
 def html(result: Mapping[str, Any]) -> str:
@@ -38,12 +23,12 @@ def html(result: Mapping[str, Any]) -> str:
         UnsupportedInput: The result does not fit the schema, or matplotlib is not installed.
     """
     check(result)
-    need_matplotlib()
-    from occamkv.evals import figures, plots
+    need_matplotlib("the report")
+    from occamkv.evals import figures
 
     ordered = sorted(result["rows"], key=lambda row: (row["method"] == FULL, row["bits_per_value"], row["kl_mean"]))
     entries = [
-        Entry(row, index, "var(--muted)" if row["method"] == FULL else plots.colour(index))
+        Entry(row, index, "var(--muted)" if row["method"] == FULL else colour(index))
         for index, row in enumerate(ordered)
     ]
     parts = {
@@ -65,17 +50,7 @@ def html(result: Mapping[str, Any]) -> str:
         note(f"Not in this result, so not shown: {', '.join(missing)}.") if missing else "",
         _measured(result),
     ]
-    return page(title, body, dark=plots.dark_colours())
-
-
-def need_matplotlib() -> None:
-    """Raise `UnsupportedInput` unless the report can be drawn here."""
-    try:
-        import occamkv.evals.plots  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise UnsupportedInput("the report draws with matplotlib. Run: pip install 'occamkv[plots]'") from error
+    return page(title, body, dark=dark_colours())
 
 
 def _head(result: Mapping[str, Any], title: str) -> str:
@@ -197,7 +172,7 @@ def _measured(result: Mapping[str, Any]) -> str:
     model, protocol = result["model"], result["protocol"]
     shape = f"{model['layers']} layers, {model['kv_heads']} KV heads of {model['head_dim']}, {model['dtype']}"
     positions = " or ".join(f"{n:,}" for n in sorted({row["positions"] for row in result["rows"]}))
-    facts = {
+    told = {
         "Model": f"{text(model['name'])} ({text(model['model_type'])}): {text(shape)}",
         "Fingerprint": code(model["fingerprint"]),
         "Text": f"{text(result['text']['name'])}, SHA-256 {code(result['text']['sha256'])}",
@@ -218,6 +193,6 @@ def _measured(result: Mapping[str, Any]) -> str:
         "How it was measured",
         "The same tokens go through a packed and a full-precision cache in steps that equal token-by-token decoding.",
         f"<pre><code>{text(result['command'])}</code></pre>",
-        "<dl>" + "".join(f"<dt>{name}</dt><dd>{told}</dd>" for name, told in facts.items()) + "</dl>",
+        facts(told),
         f'<h3>Controls</h3><ul class="controls">{controls}</ul>' if controls else note("No controls were run."),
     )

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from occamkv.evals.page import FULL, INTERVAL, code, mib, percent
+from occamkv.evals.page import FULL, INTERVAL
+from occamkv.html import code, mib, percent
 
 PAPER = "oscar"
 
