@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,11 +107,10 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; docs/trace.md says what is in it."""
-        with _TraceWriter(Path(path)) as writer:
-            writer.add("ids", self.ids)
+        with _TraceWriter(Path(path), self) as writer:
             for layer in self.layers:
                 writer.add_layer(layer)
-            writer.finish_trace(self)
+            writer.finish_trace()
 
     @staticmethod
     def load(path: str | Path) -> Trace:
@@ -122,12 +120,7 @@ class Trace:
             UnsupportedInput: There is no such file, it is damaged, no trace, or of another version.
         """
         metadata, tensors = read_tensors(Path(path))
-        try:
-            header = json.loads(metadata.get(_HEADER, "{}"))
-        except ValueError:
-            header = {}
-        check_version(header, SCHEMA_VERSION, "a trace")
-        check_fields(header, _SCHEMA, "trace", command="Trace.save")
+        header = _read_header(metadata.get(_HEADER, "{}"))
         _check_tensors(header, tensors)
         layers = [_read_layer(entry, tensors) for entry in header["layers"]]
         return Trace(
@@ -199,26 +192,25 @@ def record(
     _check_numbers("rows", chosen.rows or None, length)
     positions = range(length) if chosen.positions is None else sorted(set(chosen.positions))
     trace = replace(_frame(model, prompt, tuple(positions), tokenizer), layer_count=count)
-    layers: list[LayerTrace] = []
-    with nullcontext() if spill is None else _TraceWriter(Path(spill)) as writer:
-        if writer is not None:
-            writer.add("ids", trace.ids)
-        take = layers.append if writer is None else writer.add_layer
-        seen = trace_attention(
-            model,
-            prompt.inputs,
-            lambda call: take(_layer(call, prompt.real, chosen, trace.positions)),
-            layers=chosen.layers,
-            hidden=chosen.hidden,
-        )
+
+    def run(take: Callable[[LayerTrace], None]) -> None:
+        def consume(call: Call) -> None:
+            take(_layer(call, prompt.real, chosen, trace.positions))
+
+        seen = trace_attention(model, prompt.inputs, consume, layers=chosen.layers, hidden=chosen.hidden)
         missing = sorted(set(chosen.layers or ()).difference(seen))
         if missing:
             raise UnsupportedInput(
-                f"layers {missing} have no self-attention of their own to record; layers that have: {sorted(seen)}."
+                f"layers {missing} have no self-attention to record; layers that have: {sorted(seen)}."
             )
-        if writer is None or spill is None:
-            return replace(trace, layers=tuple(sorted(layers, key=lambda layer: layer.index)))
-        writer.finish_trace(trace)
+
+    if spill is None:
+        layers: list[LayerTrace] = []
+        run(layers.append)
+        return replace(trace, layers=tuple(sorted(layers, key=lambda layer: layer.index)))
+    with _TraceWriter(Path(spill), trace) as writer:
+        run(writer.add_layer)
+        writer.finish_trace()
     return Trace.load(spill)
 
 
@@ -244,10 +236,10 @@ def _layer(call: Call, real: Tensor, chosen: Selection, positions: Sequence[int]
     for name, part in (("Q", call.q), ("K", call.k), ("V", call.v)):
         _refuse_nan(name, part, real, call.layer)
     at = torch.tensor(positions, device=call.q.device)
-    if call.hidden is not None and call.hidden.shape[:2] != real.shape:
+    if call.hidden is not None and (call.hidden.dim() != 3 or call.hidden.shape[:2] != real.shape):
         raise UnsupportedInput(
-            f"{list(call.hidden.shape)} enters layer {call.layer}; allowed: hidden states [B, T, C]. Record without "
-            "hidden."
+            f"what enters layer {call.layer} has shape {list(call.hidden.shape)}; allowed: [B, T, C]. Record it "
+            "without hidden."
         )
     hidden = None if call.hidden is None else _kept(call.hidden, at, dim=1)
     sums = _kept(received.received(call, real), at, dim=2) if chosen.received else None
@@ -287,14 +279,17 @@ def _refuse_nan(name: str, x: Tensor, real: Tensor, layer: int) -> None:
 
 
 class _TraceWriter(TensorWriter):
-    """Writes a trace layer by layer."""
+    """Writes a trace layer by layer; those that `trace` holds itself are not looked at."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trace: Trace) -> None:
         super().__init__(path)
+        self._trace = trace
         self._layers: list[dict[str, Any]] = []
         self._sinks: dict[str, Tensor] = {}
+        self.add("ids", trace.ids)
 
     def add_layer(self, layer: LayerTrace) -> None:
+        """Write a layer."""
         name, reading = f"layers.{layer.index}.", layer.reading
         for part in _PARTS:
             tensor = getattr(layer, part)
@@ -313,8 +308,9 @@ class _TraceWriter(TensorWriter):
             }
         )
 
-    def finish_trace(self, trace: Trace) -> None:
-        """Write what comes last: sinks and `real`, of which any number of bytes may be, and the header."""
+    def finish_trace(self) -> None:
+        """Write the header, and what comes last since its number of bytes may be odd: sinks and `real`."""
+        trace = self._trace
         for name, sinks in self._sinks.items():
             self.add(name, sinks)
         self.add("real", trace.real)
@@ -329,6 +325,19 @@ class _TraceWriter(TensorWriter):
             "layers": sorted(self._layers, key=lambda entry: entry["index"]),
         }
         self.finish({_HEADER: json.dumps(header)})
+
+
+def _read_header(text: str) -> Any:
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = {}
+    check_version(header, SCHEMA_VERSION, "record")
+    try:
+        check_fields(header, _SCHEMA, "its header", command="record")
+    except UnsupportedInput as error:
+        raise UnsupportedInput(f"the trace is damaged: {str(error).split(';')[0]}. Record it again.") from error
+    return header
 
 
 def _check_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

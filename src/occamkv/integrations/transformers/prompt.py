@@ -46,6 +46,9 @@ def read_prompt(model: nn.Module, given: Tensor | Mapping[str, Any]) -> Prompt:
     if isinstance(given, Tensor):
         both = given[None] if given.dim() == 1 else given
         given = {"input_ids": both, f"{prefix}input_ids": both}
+    strange = [name for name in ("past_key_values", "labels") if given.get(name) is not None]
+    if strange:
+        raise UnsupportedInput(f"the prompt has {' and '.join(strange)}; allowed: a prompt alone, read in one piece.")
     device = next(model.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     ids = inputs.get(f"{prefix}input_ids")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from occamkv.errors import UnsupportedModel
@@ -149,8 +149,8 @@ def _traced(model: nn.Module, run: _Run) -> Iterator[None]:
     """Put our attention function in place, for this pass."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # without it no mask is passed at all
-    before = use_attention(model, NAME)
-    if before is None:
+    before = {part: part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)}
+    if use_attention(model, NAME) is None:
         raise UnsupportedModel(
             f"{type(model).__name__} has attention outside transformers' attention interface, which shows no queries "
             "and keys. Allowed: models whose attention implementation can be set."
@@ -160,7 +160,9 @@ def _traced(model: nn.Module, run: _Run) -> Iterator[None]:
         yield
     finally:
         _running.reset(token)
-        use_attention(model, before)
+        for part, name in before.items():  # outermost first: setting it sets its parts
+            if part.config._attn_implementation != name:
+                part.set_attn_implementation(name)
 
 
 @contextmanager
@@ -199,7 +201,9 @@ def _hooks(model: Any, run: _Run, *, hidden: bool) -> list[tuple[nn.Module, Call
 
     head = model.get_output_embeddings()
     layers = _layers(run.decoder).items() if hidden else ()
-    return [(layer, entering(index)) for index, layer in layers] + ([] if head is None else [(head, last)])
+    return [(layer, entering(index)) for index, layer in layers] + (
+        [(head, last)] if isinstance(head, nn.Module) else []
+    )
 
 
 def _layers(decoder: nn.Module) -> dict[int, nn.Module]:
