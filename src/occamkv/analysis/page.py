@@ -36,7 +36,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
         raise UnsupportedInput("there is no analysis to show; allowed: one or more.")
     for result in results:
-        _check(result)
+        check(result)
     need_matplotlib("the page")
     from occamkv.analysis import figures
 
@@ -74,7 +74,8 @@ def _short(value: Any) -> str:
     return str(value.get("name") if isinstance(value, Mapping) else value)
 
 
-def _check(result: Mapping[str, Any]) -> None:
+def check(result: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedInput` unless a page can be made of this."""
     check_version(result, 1, _COMMAND)
     check_fields(result, _SCHEMA, "result", command=_COMMAND)
     if result["kind"] != "analysis":
