@@ -45,7 +45,7 @@ def _result(model: str, layers: list[dict[str, Any]], *, token: str) -> dict[str
         "headline": [f"A sentence about {model}."],
         "layers": layers,
         "panels": [_panel(layers[1]["index"], token)],
-        "modality": None,
+        "modality": {"text": LENGTH - 64, "image": 64},
         "plan": {"schema_version": 1, "model": {"fingerprint": "f0f0"}, "layers": [plan]},
     }
 

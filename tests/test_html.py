@@ -34,3 +34,8 @@ def test_the_shell_loads_and_runs_nothing():
     assert "<dt>Name</dt><dd>what</dd>" in page
     assert "--x:#000" in page
     assert not re.search(r"<script|<link|@import|url\(|https?:", page)
+
+
+def test_cells_stand_in_rows_of_two_or_as_many_as_are_asked_for():
+    assert html.side_by_side(["<p>a</p>", "<p>b</p>"]) == '<div class="pair"><p>a</p><p>b</p></div>'
+    assert "--columns:3" in html.side_by_side(["a", "b", "c"], columns=3)

@@ -158,6 +158,12 @@ def panels(figures: Sequence[tuple[str, str]]) -> str:
     return f'<div class="panels">{inner}</div>'
 
 
+def side_by_side(cells: Sequence[str], *, columns: int = 2) -> str:
+    """Return large figures or texts, HTML already, in rows of so many; one below the other on a narrow screen."""
+    wide = f' style="--columns:{columns}"' if columns > 2 else ""
+    return f'<div class="pair"{wide}>{"".join(cells)}</div>'
+
+
 def page(title: str, body: Sequence[str], *, dark: str) -> str:
     """Return the whole page; `dark` are more CSS declarations for a dark ground."""
     dark_style = f"@media(prefers-color-scheme:dark){{:root{{{_DARK};{dark}}}}}"

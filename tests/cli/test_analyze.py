@@ -1,6 +1,7 @@
 """`occamkv analyze`: its JSON, its table, its plan, and one line for every bad input."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -97,6 +98,27 @@ def test_the_first_token_is_added_where_the_tokenizer_adds_it(analyze, copy_of, 
     assert "'<s>' was put before the text" in result["bos"]["told"]
 
 
+def test_a_page_shows_one_analysis_or_several_side_by_side(analyze, tmp_path):
+    assert analyze("--method", "oscar", "--json", tmp_path / "oscar.json").code == 0
+    assert analyze("--html", tmp_path / "one.html").code == 0
+    assert analyze("--html", tmp_path / "two.html", "--compare", tmp_path / "oscar.json").code == 0
+    one, two = ((tmp_path / name).read_text() for name in ("one.html", "two.html"))
+    assert one.lower().startswith("<!doctype html>")
+    assert ("oscar" in one, "oscar" in two) == (False, True)
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", '{"schema_version": 1, "kind": "attend"}'])
+def test_an_analysis_that_is_none_is_refused_before_a_model_is_read(refused, tmp_path, content):
+    (tmp_path / "other.json").write_text(content)
+    refused("--html", tmp_path / "page.html", "--compare", tmp_path / "other.json", words=("analy",))
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_without_matplotlib_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused("--html", tmp_path / "page.html", words=("matplotlib", "pip install"))
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
@@ -107,6 +129,9 @@ def test_the_first_token_is_added_where_the_tokenizer_adds_it(analyze, copy_of, 
         (["--text", "no such file"], ("no such file",)),
         (["--device", "frobnicator"], ("'frobnicator'",)),
         (["--json", "/no such folder/result.json"], ("/no such folder/result.json",)),
+        (["--html", "/no such folder/page.html"], ("/no such folder/page.html",)),
+        (["--html", "page.html", "--compare", "no such file"], ("no such file",)),
+        (["--compare", "other.json"], ("--html",)),
         (["--plan", "/no such folder/plan.json"], ("/no such folder/plan.json",)),
         (["--tokens", "1100"], ("1100", "1024")),
         (["--layers", "0,7"], ("[7]", "0 to 1")),

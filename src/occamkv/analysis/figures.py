@@ -11,7 +11,7 @@ from occamkv.analysis import plots
 from occamkv.analysis.columns import LOW_NORM, by_column, error_ratios, mean, numbers, over_median, sink_norms
 from occamkv.analysis.tables import Shown, measured, visible
 from occamkv.drawing import positive
-from occamkv.html import note, panels, section, text
+from occamkv.html import note, panels, section, side_by_side, text
 
 Drawn = Callable[[Shown], tuple[str, str, str]]
 _TIMES = " \N{MULTIPLICATION SIGN}"
@@ -173,7 +173,7 @@ def steps_section(results: Sequence[Shown]) -> str:
         "What rotation and scaling do to K",
         "|K| of one head, tokens (down) by channels (across), darker is larger. Rotation spreads channels that stand "
         "out and keeps the norm of each token; the token scale makes all tokens alike.",
-        _grid(cells, len(results)) if any(heads) else "",
+        side_by_side(cells, columns=len(results)) if any(heads) else "",
         *profiles,
     )
 
@@ -220,12 +220,7 @@ def _pairs(results: Sequence[Shown], *kinds: Drawn) -> str:
         for one in results
         for said, more, svg in [kind(one)]
     ]
-    return _grid(cells, len(results))
-
-
-def _grid(cells: Sequence[str], results: int) -> str:
-    wide = f' style="--columns:{results}"' if results > 2 else ""
-    return f'<div class="pair"{wide}>{"".join(cells)}</div>'
+    return side_by_side(cells, columns=len(results))
 
 
 def _captioned(said: str, more: str, svg: str) -> str:

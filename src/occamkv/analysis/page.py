@@ -10,7 +10,7 @@ from occamkv import html
 from occamkv.analysis.tables import Shown, advice_section, layers_section, sinks_section
 from occamkv.drawing import dark_colours, need_matplotlib
 from occamkv.errors import UnsupportedInput
-from occamkv.html import code, facts, note, section, text
+from occamkv.html import code, facts, note, section, side_by_side, text
 from occamkv.schema import NUMBER, check_fields, check_version
 
 _COMMAND = "occamkv analyze"
@@ -19,7 +19,7 @@ _SCHEMA = {
     "model": str,
     "layers": [{"index": NUMBER, "packs": bool, "query_heads": NUMBER, "kv_heads": NUMBER, "head_dim": NUMBER}],
 }
-_PARTS = ("headline", "panels", "modality", "plan")
+_PARTS = ("headline", "panels", "plan")
 _TELLS_APART = ("base_method", "tokens", "text", "date")
 
 
@@ -36,7 +36,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
         raise UnsupportedInput("there is no analysis to show; allowed: one or more.")
     for result in results:
-        _check(result)
+        check(result)
     need_matplotlib("the page")
     from occamkv.analysis import figures
 
@@ -52,7 +52,6 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         sinks_section(named),
         advice_section(named),
         layers_section(named),
-        _modality(named),
         _plans(named),
         _measured(named),
     ]
@@ -75,7 +74,8 @@ def _short(value: Any) -> str:
     return str(value.get("name") if isinstance(value, Mapping) else value)
 
 
-def _check(result: Mapping[str, Any]) -> None:
+def check(result: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedInput` unless a page can be made of this."""
     check_version(result, 1, _COMMAND)
     check_fields(result, _SCHEMA, "result", command=_COMMAND)
     if result["kind"] != "analysis":
@@ -104,21 +104,13 @@ def _headlines(results: Sequence[Shown]) -> str:
         name = f"<h2>{text(one.label)}</h2>" if several else ""
         packed = f"{len(one.packed)} of {len(one.layers)} layers are packed."
         parts.append(f'<div>{name}{said}<p class="under">{packed}</p></div>')
-    return f'<div class="pair">{"".join(parts)}</div>' if several else parts[0]
+    return side_by_side(parts, columns=len(parts)) if several else parts[0]
 
 
 def _bold(sentence: str) -> str:
     """Return a sentence with what stands before its first colon in bold."""
     before, colon, after = sentence.partition(": ")
     return f"<b>{text(before)}:</b> {text(after)}" if colon else f"<b>{text(sentence)}</b>"
-
-
-def _modality(results: Sequence[Shown]) -> str:
-    with_one = [one for one in results if one.data.get("modality")]
-    if not with_one:
-        return ""
-    parts = [f"<pre><code>{text(json.dumps(one.data['modality'], indent=1))}</code></pre>" for one in with_one]
-    return section("Kinds of tokens", "Norms of text, images and sound apart.", *parts)
 
 
 def _plans(results: Sequence[Shown]) -> str:
@@ -147,12 +139,13 @@ def _measured(results: Sequence[Shown]) -> str:
         data = one.data
         missing = [name for name in _PARTS if not data.get(name)]
         bos, source = data.get("bos") or {}, data.get("text") or {}
-        versions = data.get("versions") or {}
+        versions, kinds = data.get("versions") or {}, data.get("modality") or {}
         told = {
             "Model": f"{text(data['model'])} ({text(data.get('model_type') or 'type unknown')})",
             "Fingerprint": code(data.get("fingerprint") or "unknown"),
             "Text": f"{text(data.get('tokens') or 'unknown')} tokens of {text(source.get('name') or 'unknown')}, "
             f"SHA-256 {code(source.get('sha256') or 'unknown')}",
+            "Kinds of tokens": ", ".join(f"{text(count)} {text(kind)}" for kind, count in kinds.items()) or "unknown",
             "First token": text(bos.get("told") or "unknown"),
             "Base method": code(data.get("base_method") or "unknown"),
             "Machine": text(data.get("machine") or "unknown"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from occamkv.cli.analyze_tables import show
-from occamkv.cli.shell import check_writable, stages, verb, write_json
+from occamkv.cli.shell import check_writable, stages, verb, write_json, write_text
 from occamkv.errors import UnsupportedInput
 from occamkv.methods import DEFAULT_METHOD, method
 
@@ -38,6 +39,10 @@ def analyze_model(
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, bfloat16 or float16.")] = "auto",
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the advised plan, for `occamkv run --plan`.")] = None,
+    html_file: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Also show what --json wrote of another run; may be given again.")
+    ] = None,
 ) -> None:
     """Tell where a model's attention sinks are, what its keys look like, and what a packed cache should do about it."""
     from occamkv.analysis.measure import analyze
@@ -48,8 +53,9 @@ def analyze_model(
     from occamkv.evals.texts import read_text
     from occamkv.integrations.transformers import plan_for
 
-    for path in (json_file, None if plan is None else str(plan)):
+    for path in (json_file, html_file, None if plan is None else str(plan)):
         check_writable(path)
+    others = _others(compare or [], html_file)
     base, wanted = _method(method_name), _numbers(layers)
     read = read_text(text)
     loaded, tokenizer = load(model, device=device, dtype=dtype)
@@ -74,6 +80,10 @@ def analyze_model(
         Plan.save(found.plan, plan)
     if json_file is not None:
         write_json(result, json_file)
+    if html_file is not None:
+        from occamkv.analysis.page import page
+
+        write_text(page([result, *others]), html_file)
     if json_file != "-":
         show(result)
 
@@ -86,6 +96,33 @@ def _method(name: str) -> Any:
             "allowed: a method that says its bits, for example occam or oscar."
         )
     return chosen
+
+
+def _others(files: list[Path], html_file: str | None) -> list[Any]:
+    """Read analyses to compare with; refuses what no page can show before a model is loaded."""
+    if html_file is None:
+        if files:
+            raise UnsupportedInput("--compare shows analyses side by side on the page; give --html FILE, too.")
+        return []
+    from occamkv.drawing import need_matplotlib
+
+    need_matplotlib("the page")
+    return [_read(path) for path in files]
+
+
+def _read(path: Path) -> Any:
+    from occamkv.analysis.page import check
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnsupportedInput(f"cannot read the analysis {str(path)!r}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UnsupportedInput(
+            f"the analysis {str(path)!r} is no JSON ({error}); allowed: a file that `occamkv analyze --json` wrote."
+        ) from error
+    check(data)
+    return data
 
 
 def _numbers(text: str | None) -> list[int] | None:
