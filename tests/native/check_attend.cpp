@@ -2,91 +2,35 @@
 // piece of the heap of exactly its size, so that the sanitizer sees a read or a write beyond it.
 #include "checks.h"
 
-#include <cmath>
-#include <memory>
-#include <random>
-#include <string.h>
-#include <vector>
-
-#include "api.h"
+#include "inputs.h"
 
 namespace {
 
-struct Shape {
-  int k_bits, v_bits;
-  bool k_per_token;
-  int k_group, v_group, record_tokens, metadata_bits, norm_bits, head_dim;
-  int heads_per_kv, queries, threads, dtype;
-  bool masked;
-};
-
 const Shape shapes[] = {
-    {2, 2, false, 32, 32, 32, 16, 0, 128, 4, 1, 1, OKV_F32, false},
-    {2, 2, false, 32, 32, 32, 8, 16, 64, 3, 1, 3, OKV_BF16, false},
-    {3, 4, false, 64, 64, 64, 8, 32, 80, 1, 8, 1, OKV_F16, true},
-    {4, 3, false, 128, 128, 128, 16, 16, 256, 5, 7, 2, OKV_F32, true},
-    {4, 4, true, 128, 32, 32, 16, 0, 256, 16, 3, 1, OKV_BF16, false},
-    {3, 2, true, 32, 256, 32, 8, 0, 208, 2, 2, 3, OKV_F32, true},
-    {2, 3, true, 256, 64, 32, 8, 32, 144, 1, 1, 1, OKV_F16, false},
-    {2, 4, true, 64, 48, 32, 16, 16, 48, 2, 1, 1, OKV_F32, false},
-    {4, 2, false, 32, 16, 32, 16, 32, 16, 1, 3, 1, OKV_BF16, true},
-    {3, 3, false, 128, 96, 128, 8, 0, 96, 9, 1, 3, OKV_F32, false},
-    {2, 2, true, 32, 32, 32, 16, 0, 32, 1, 5, 1, OKV_F32, true},
-    {4, 4, true, 64, 128, 32, 8, 16, 224, 4, 1, 2, OKV_F16, false},
+    {2, 2, false, 32, 32, 32, 16, 0, 128, 4, 1, 1, OKV_F32, false, 0},
+    {2, 2, false, 32, 32, 32, 8, 16, 64, 3, 1, 3, OKV_BF16, false, 1},
+    {3, 4, false, 64, 64, 64, 8, 32, 80, 1, 8, 1, OKV_F16, true, 40},
+    {4, 3, false, 128, 128, 128, 16, 16, 256, 5, 7, 2, OKV_F32, true, 128},
+    {4, 4, true, 128, 32, 32, 16, 0, 256, 16, 3, 1, OKV_BF16, false, 16},
+    {3, 2, true, 32, 256, 32, 8, 0, 208, 2, 2, 3, OKV_F32, true, 0},
+    {2, 3, true, 256, 64, 32, 8, 32, 144, 1, 1, 1, OKV_F16, false, 17},
+    {2, 4, true, 64, 48, 32, 16, 16, 48, 2, 1, 1, OKV_F32, false, 24},
+    {4, 2, false, 32, 16, 32, 16, 32, 16, 1, 3, 1, OKV_BF16, true, 8},
+    {3, 3, false, 128, 96, 128, 8, 0, 96, 9, 1, 3, OKV_F32, false, 0},
+    {2, 2, true, 32, 32, 32, 16, 0, 32, 1, 5, 1, OKV_F32, true, 3},
+    {4, 4, true, 64, 128, 32, 8, 16, 224, 4, 1, 2, OKV_F16, false, 112},
 };
 
-constexpr int BATCH = 2, KV_HEADS = 2, RESIDUAL = 21;
+constexpr int BATCH = 2, RESIDUAL = 21;
 constexpr int PAGES[BATCH] = {9, 1};  // of the first sequence enough for several shares
-
-template <typename T>
-struct Exact {  // an array with nothing behind it
-  explicit Exact(size_t count) : size(count), data(new T[count]) {}
-  T &operator[](size_t i) { return data[i]; }
-  size_t size;
-  std::unique_ptr<T[]> data;
-};
-
-double from_half(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
-  const double size = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
-  return bits & 0x8000 ? -size : size;
-}
+constexpr int PINS = 3;
+// Numbers of the packed tokens behind pins: in two pages of the first sequence, and behind all of the second.
+constexpr int64_t SKIPS[BATCH][PINS] = {{130, 130, 700}, {INT64_MAX, INT64_MAX, INT64_MAX}};
 
 double from_e4m3(uint8_t bits) {
   const int exponent = bits >> 3, mantissa = bits & 7;
   return exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
 }
-
-double from_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-struct Random {
-  std::mt19937 engine{1};
-  uint32_t below(uint32_t n) { return engine() % n; }
-  float normal() { return std::normal_distribution<float>()(engine); }
-  uint16_t half() { return static_cast<uint16_t>(0x2800 + below(0x1400)); }  // from 2^-5 to 1
-};
-
-// Numbers of a tensor in one of the dtypes, and what they are.
-struct Numbers {
-  Numbers(Random &random, size_t count, int dtype) : bytes(count * (dtype == OKV_F32 ? 4 : 2)), values(count) {
-    for (size_t i = 0; i < count; i++) {
-      const float x = random.normal();
-      uint32_t bits;
-      memcpy(&bits, &x, 4);
-      uint16_t half = static_cast<uint16_t>(bits >> 16);
-      if (dtype == OKV_F16) half = static_cast<uint16_t>(random.half() | (random.below(2) << 15));
-      values[i] = dtype == OKV_F32 ? x : dtype == OKV_BF16 ? from_float(bits & 0xffff0000u) : from_half(half);
-      memcpy(&bytes[i * (dtype == OKV_F32 ? 4 : 2)], dtype == OKV_F32 ? static_cast<void *>(&bits) : &half,
-             dtype == OKV_F32 ? 4 : 2);
-    }
-  }
-  Exact<uint8_t> bytes;
-  std::vector<double> values;
-};
 
 // One page in a slab of its own.
 struct Page {
@@ -155,35 +99,26 @@ double meaning(const okv_layout &l, Page &page, int head, int token, int channel
   return value * (l.norm_bits == 16 ? from_half(static_cast<uint16_t>(norm)) : from_float(norm));
 }
 
-okv_layout layout_of(const Shape &s) {
-  okv_layout l = {KV_HEADS, s.head_dim, (s.head_dim + 31) / 32 * 32, s.k_bits, s.v_bits, s.k_per_token, s.k_group,
-                  s.v_group, s.record_tokens, s.metadata_bits, s.norm_bits, 0, 0, 0, 0, 0, 0};
-  if (l.k_group > l.head_dim) l.k_group = l.head_dim;
-  if (l.v_group > l.head_dim) l.v_group = l.head_dim;
-  const int meta = l.metadata_bits / 8, of_token = (l.head_dim + l.k_group - 1) / l.k_group;
-  const int k_metadata = (l.k_per_token ? l.record_tokens * of_token : l.width) * meta;
-  const int v_metadata = l.record_tokens * ((l.head_dim + l.v_group - 1) / l.v_group) * meta;
-  l.k_scale = l.record_tokens * l.width * l.k_bits / 8;
-  l.k_minimum = l.k_scale + k_metadata;
-  l.v_codes = l.k_minimum + k_metadata;
-  l.v_scale = l.v_codes + l.record_tokens * l.width * l.v_bits / 8;
-  l.v_minimum = l.v_scale + v_metadata;
-  l.record_bytes = l.v_minimum + v_metadata;
-  return l;
-}
-
 struct Token {
   int64_t position;
+  bool packed;
   std::vector<double> k, v;
 };
 
+// Where token `number` of a sequence stands, if there are pins.
+int64_t position_of(const Shape &s, int batch, int64_t number) {
+  int64_t position = number;
+  for (int i = 0; i < PINS && s.pairs; i++) position += SKIPS[batch][i] <= number;
+  return position;
+}
+
 // All tokens of a sequence and KV head.
-std::vector<Token> tokens_of(const okv_layout &l, std::vector<Page> &pages, const Numbers &k, const Numbers &v,
-                             int batch, int head) {
+std::vector<Token> tokens_of(const Shape &s, const okv_layout &l, std::vector<Page> &pages, const Numbers &k,
+                             const Numbers &v, KeyBias &bias, int batch, int head) {
   std::vector<Token> tokens;
   const int first = batch ? PAGES[0] : 0;
   for (int t = 0; t < PAGES[batch] * OKV_PAGE_TOKENS; t++) {
-    tokens.push_back({t, {}, {}});
+    tokens.push_back({position_of(s, batch, t), true, {}, {}});
     for (int c = 0; c < l.head_dim; c++) {
       Page &page = pages[first + t / OKV_PAGE_TOKENS];
       tokens.back().k.push_back(meaning(l, page, head, t % OKV_PAGE_TOKENS, c, false));
@@ -192,19 +127,24 @@ std::vector<Token> tokens_of(const okv_layout &l, std::vector<Page> &pages, cons
   }
   for (int t = 0; t < RESIDUAL; t++) {
     const size_t from = ((static_cast<size_t>(batch) * KV_HEADS + head) * RESIDUAL + t) * l.head_dim;
-    tokens.push_back({PAGES[batch] * OKV_PAGE_TOKENS + t, {}, {}});
+    tokens.push_back({position_of(s, batch, PAGES[batch] * OKV_PAGE_TOKENS + t), false, {}, {}});
     tokens.back().k.assign(&k.values[from], &k.values[from] + l.head_dim);
     tokens.back().v.assign(&v.values[from], &v.values[from] + l.head_dim);
+  }
+  for (Token &token : tokens) {
+    const std::vector<double> added = bias.row(head, token.position, l.head_dim);
+    for (int c = 0; c < l.head_dim; c++) token.k[c] += added[c];
   }
   return tokens;
 }
 
-// Causal attention of one query; tokens with an odd position are hidden if there is a mask.
-std::vector<double> expected(const std::vector<Token> &tokens, const double *q, int64_t at, double scale, bool masked) {
+// Causal attention of one query, which leans towards tokens in full precision; tokens with an odd position are hidden if there is a mask.
+std::vector<double> expected(const std::vector<Token> &tokens, const double *q, int64_t at, double scale, bool masked,
+                             double lean) {
   std::vector<double> logits, out(tokens[0].v.size());
   double most = -INFINITY, weight = 0;
   for (const Token &token : tokens) {
-    double logit = 0;
+    double logit = token.packed ? 0 : lean;
     for (size_t c = 0; c < token.k.size(); c++) logit += q[c] * token.k[c] * scale;
     const bool seen = masked ? token.position % 2 == 0 : token.position <= at;
     logits.push_back(seen ? logit : -INFINITY);
@@ -217,11 +157,6 @@ std::vector<double> expected(const std::vector<Token> &tokens, const double *q, 
   }
   for (double &x : out) x /= weight;
   return out;
-}
-
-okv_tensor view(const void *data, int heads, int tokens, int head_dim, int dtype) {
-  const int64_t of_head = static_cast<int64_t>(tokens) * head_dim;
-  return {const_cast<void *>(data), heads * of_head, of_head, head_dim, dtype, 0};
 }
 
 // The relative error of a call; infinity if it is refused.
@@ -247,26 +182,33 @@ double error_of(const Shape &s, Random &random) {
     slabs[i] = {pages[i].records.data.get(), pages[i].norms.data.get(), pages[i].supers.data.get(),
                 static_cast<int64_t>(3 * i), 1};
   Exact<int64_t> table(BATCH * PAGES[0]), lengths(BATCH), first(BATCH), at(static_cast<size_t>(BATCH) * s.queries);
-  Exact<int64_t> positions(BATCH * RESIDUAL);
-  const int wide = PAGES[0] * OKV_PAGE_TOKENS + RESIDUAL;
+  Exact<int64_t> positions(BATCH * RESIDUAL), skips(BATCH * PINS);
+  const int wide = PAGES[0] * OKV_PAGE_TOKENS + RESIDUAL + PINS;
   Exact<uint8_t> shown(wide);
   for (int i = 0; i < wide; i++) shown[i] = i % 2 == 0;
   for (int b = 0; b < BATCH; b++) {
     for (int i = 0; i < PAGES[0]; i++) table[b * PAGES[0] + i] = 3 * ((b ? PAGES[0] : 0) + (i < PAGES[b] ? i : 0));
     lengths[b] = PAGES[b] * OKV_PAGE_TOKENS;
     first[b] = 0;
-    for (int t = 0; t < RESIDUAL; t++) positions[b * RESIDUAL + t] = lengths[b] + t;
-    for (int t = 0; t < s.queries; t++) at[b * s.queries + t] = lengths[b] + RESIDUAL - s.queries + t;
+    for (int i = 0; i < PINS; i++) skips[b * PINS + i] = SKIPS[b][i];
+    for (int t = 0; t < RESIDUAL; t++) positions[b * RESIDUAL + t] = position_of(s, b, lengths[b] + t);
+    for (int t = 0; t < s.queries; t++)
+      at[b * s.queries + t] = position_of(s, b, lengths[b] + RESIDUAL - s.queries + t);
   }
+  KeyBias bias(random, s.pairs, d, PAGES[0] + 1);
+  Exact<float> leans(heads);
+  for (int h = 0; h < heads; h++) leans[h] = s.pairs ? random.normal() : 0;
   const Numbers q(random, static_cast<size_t>(BATCH) * heads * s.queries * d, s.dtype);
   const Numbers k(random, static_cast<size_t>(BATCH) * KV_HEADS * RESIDUAL * d, s.dtype);
   const Numbers v(random, static_cast<size_t>(BATCH) * KV_HEADS * RESIDUAL * d, s.dtype);
   Exact<float> out(q.values.size());
   const int64_t slab_count = static_cast<int64_t>(slabs.size);
   const okv_packed packed = {l, slab_count, slabs.data.get(), table.data.get(), PAGES[0], PAGES[0],
-                             lengths.data.get(), first.data.get(), nullptr, 0};
+                             lengths.data.get(), first.data.get(), s.pairs ? skips.data.get() : nullptr,
+                             s.pairs ? PINS : 0};
   const okv_full full = {view(k.bytes.data.get(), KV_HEADS, RESIDUAL, d, s.dtype),
-                         view(v.bytes.data.get(), KV_HEADS, RESIDUAL, d, s.dtype), RESIDUAL, positions.data.get()};
+                         view(v.bytes.data.get(), KV_HEADS, RESIDUAL, d, s.dtype), RESIDUAL, positions.data.get(),
+                         s.pairs ? leans.data.get() : nullptr};
   const okv_mask mask = {shown.data.get(), 0, 0, 0, 1, wide, OKV_BOOL, 0};
   okv_attend call = {};
   call.q = view(q.bytes.data.get(), heads, s.queries, d, s.dtype);
@@ -275,6 +217,7 @@ double error_of(const Shape &s, Random &random) {
   call.q_positions = at.data.get();
   call.packed = &packed;
   call.full = &full, call.full_count = 1;
+  call.key_bias = s.pairs ? &bias.view : nullptr;
   call.mask = s.masked ? &mask : nullptr;
   call.scale = 0.5f / std::sqrt(static_cast<float>(d));
   call.window = int64_t{1} << 62;
@@ -282,14 +225,23 @@ double error_of(const Shape &s, Random &random) {
   std::vector<double> truth;
   for (int b = 0; b < BATCH; b++)
     for (int h = 0; h < KV_HEADS; h++) {
-      const std::vector<Token> tokens = tokens_of(l, pages, k, v, b, h);
+      const std::vector<Token> tokens = tokens_of(s, l, pages, k, v, bias, b, h);
       for (int row = 0; row < s.heads_per_kv * s.queries; row++) {
         const int64_t position = at[b * s.queries + row % s.queries];
-        const auto one = expected(tokens, &q.values[truth.size()], position, call.scale, s.masked);
+        const double lean = leans[h * s.heads_per_kv + row / s.queries];
+        const auto one = expected(tokens, &q.values[truth.size()], position, call.scale, s.masked, lean);
         truth.insert(truth.end(), one.begin(), one.end());
       }
     }
   const double error = run(call, out, truth);
+  if (s.pairs) {
+    bias.view.reach -= OKV_PAGE_TOKENS;
+    EXPECT(okv_attend_run(&call) != 0 && strstr(okv_error(), "sequence 0 lies outside") != nullptr);
+    bias.view.reach += OKV_PAGE_TOKENS;
+    bias.vector[0] += 30;
+    EXPECT(run(call, out, truth) > 1e-3);  // a twin: another bias is seen
+    bias.vector[0] -= 30;
+  }
   for (Page &page : pages)
     for (size_t record = 0; record < page.records.size; record += l.record_bytes)
       for (int i = l.v_codes; i < l.v_scale; i++) page.records[record + i] ^= 0xff;

@@ -18,3 +18,4 @@ void check_pool();
 void check_dispatch();
 void check_encode();
 void check_attend();
+void check_step();

@@ -17,6 +17,7 @@ const Check checks[] = {
     {"dispatch", check_dispatch},
     {"encode", check_encode},
     {"attend", check_attend},
+    {"step", check_step},
 };
 
 int main() {
