@@ -37,7 +37,7 @@ class LayerCache:
         min_tokens: Nothing is packed below this many tokens.
         pack_after_attend: False delays packing to the next step, for engines that read one K and V several times in
             a step (layers that share their cache).
-        pin_bias: Added to the logits of pins, float32 `[Hq]`.
+        pin_bias: Added to the logits of pins, float32 `[Hq]` or one number for all heads.
 
     `step` holds the tokens of the current step.
     """
@@ -184,11 +184,11 @@ class LayerCache:
         out = self._step(q, seen, sinks, scale=scale, window=window, softcap=softcap)
         if out is not None:
             return out
-        full = store.full_tokens(pin_bias=self.pin_bias)
-        at = self._query_positions(q)
+        bias = None if self.pin_bias is None else self.pin_bias.expand(q.shape[1])
+        full, at = store.full_tokens(pin_bias=bias), self._query_positions(q)
         if self.step is not None:
             k, v = self._rotated(self.step)
-            full += pins.step_tokens(k, v, self._query_positions(k), self.method.pinning, bias=self.pin_bias)
+            full += pins.step_tokens(k, v, self._query_positions(k), self.method.pinning, bias=bias)
         out = store.backend.attend(
             q,
             q_positions=at,

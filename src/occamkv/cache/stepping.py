@@ -23,7 +23,7 @@ class Stepping:
     Args:
         store: The layer's tokens.
         crossing: How they cross into cache space.
-        pin_bias: Added to the logits of pins, `[Hq]`.
+        pin_bias: Added to the logits of pins, `[Hq]` or one number.
     """
 
     def __init__(self, store: Store, crossing: Crossing, *, pin_bias: Tensor | None = None) -> None:
@@ -69,7 +69,7 @@ class Stepping:
         if any(due) and self._make_room(due):
             self._stepper = None
         if self._stepper is None:
-            self._stepper = self._store.backend.stepper(self.describe())
+            self._stepper = self._store.backend.stepper(self.describe(query_heads=q.shape[1]))
             if self._stepper is None:
                 return None
         out = self._stepper(q, k, v, due=due, sinks=sinks, **options)  # type: ignore[arg-type]
@@ -88,8 +88,9 @@ class Stepping:
                 row.pages, changed = row.pages + pool.allocate(missing), True
         return changed
 
-    def describe(self) -> StepLayer:
+    def describe(self, *, query_heads: int = 1) -> StepLayer:
         """Return what a backend needs to know of the layer."""
+        bias = None if self._pin_bias is None else self._pin_bias.expand(query_heads)
         store, method, crossing = self._store, self._store.method, self._crossing
         rows = store.rows
         return StepLayer(
@@ -101,7 +102,7 @@ class Stepping:
             packed=[row.held for row in rows],
             residual=[row.residual for row in rows],
             ring=(store.residual_k, store.residual_v),
-            pins=replace(store.pinned(), logit_bias=self._pin_bias),
+            pins=replace(store.pinned(), logit_bias=bias),
             format=store.format,
             grid=method.grid,
             clip=method.clip,

@@ -87,7 +87,7 @@ def _attend_packed(
             )
         layer.shared.check_model(getattr(module, "config", None), fingerprint)
         reading = Reading(scaling, options.get("softcap"), options.get("s_aux"))
-        if cache.waiting is not None:
+        if cache.waiting is not None and cache.pin_bias is None:
             k, v = cache.waiting
             seen = None if mask is None else layer.shared.seen(mask, cache, cache.new)
             out = _attend_plain(module, query, k, v, mask, 0.0, scaling, options)

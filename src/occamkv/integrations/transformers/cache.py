@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +20,11 @@ from occamkv.errors import CacheMismatch, NothingQuantized, UnsupportedInput
 from occamkv.integrations.transformers import attention
 from occamkv.integrations.transformers.layer import PackedLayer, has_state
 from occamkv.integrations.transformers.model import decoders, text_config, use_attention
+from occamkv.integrations.transformers.pin_bias import PinBias
 from occamkv.integrations.transformers.plan import build_layers, current_plan, plan_for
 from occamkv.integrations.transformers.shadow import Verify, cast_shadows, read_verify, verification_of
 from occamkv.integrations.transformers.statistics import statistics_for
 from occamkv.methods import DEFAULT_METHOD, Method
-from occamkv.methods.crossing import Statistics
 
 
 class PackedCache(DynamicCache):
@@ -43,6 +43,8 @@ class PackedCache(DynamicCache):
         min_tokens: Keep a sequence in full precision until it has this many tokens.
         verify: Shadow some layers in full precision (True, or a `Verify`), so that `report(verify=True)` can say how
             far their attention was from it.
+        pin_bias: Added to the logits of pinned tokens, to give them more attention or less: one number, or `[Hq]` by
+            layer.
 
     Raises:
         NothingQuantized: No layer of the model can be packed.
@@ -61,13 +63,15 @@ class PackedCache(DynamicCache):
         balance: Mapping[int, Tensor] | None = None,
         min_tokens: int = 0,
         verify: Verify | bool | None = None,
+        pin_bias: PinBias = None,
     ) -> None:
         attention.register()
         refuse_own_cache(model)
         wanted = read_verify(verify)
         config = model.config if isinstance(model, nn.Module) else model
         self._plan, statistics = statistics_for(model, make_plan(config, method, plan), balance)
-        Cache.__init__(self, layers=build_layers(config, self._plan, statistics=statistics, min_tokens=min_tokens))
+        options: dict[str, Any] = {"statistics": statistics, "min_tokens": min_tokens, "pin_bias": pin_bias}
+        Cache.__init__(self, layers=build_layers(config, self._plan, **options))
         cast_shadows(self.layers, wanted)
         if isinstance(model, nn.Module) and self._plan.packed_layers:
             use_attention(model, attention.NAME)
@@ -144,17 +148,8 @@ def _tensors(layer: Any) -> list[Tensor]:
 class Attachment:
     """What `attach` returns: `remove()` or the end of a `with` block undoes it; `report()` is of the newest cache."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        *,
-        statistics: Mapping[int, Statistics],
-        min_tokens: int,
-        verify: Verify | None,
-    ) -> None:
-        self._plan, self._verify = plan, verify
-        self._model, self._statistics, self._min_tokens = model, statistics, min_tokens
+    def __init__(self, model: nn.Module, plan: Plan, layers: Callable[[], list[Any]], *, verifies: bool) -> None:
+        self._model, self._plan, self._layers, self._verifies = model, plan, layers, verifies
         self._newest: Cache | None = None
         self._last_report: CacheReport | None = None
         self._warned = False
@@ -183,7 +178,7 @@ class Attachment:
         """Undo `attach`: new caches are transformers' own again. Caches made meanwhile stay packed."""
         if not self._hooks:
             return
-        self._last_report, self._plan = self.report(verify=self._verify is not None), self.plan
+        self._last_report, self._plan = self.report(verify=self._verifies), self.plan
         self._newest = None
         for hook in self._hooks:
             hook.remove()
@@ -200,7 +195,7 @@ class Attachment:
         Raises:
             UnsupportedInput: As there.
         """
-        if verify and self._verify is None:
+        if verify and not self._verifies:
             verification_of(())
         if self._newest is not None:
             return report_of(self._newest, self._plan, verify=verify)
@@ -239,9 +234,7 @@ class Attachment:
                 )
             self._warned = True
             return
-        config = self._model.config
-        cache.layers = build_layers(config, self._plan, statistics=self._statistics, min_tokens=self._min_tokens)
-        cast_shadows(cache.layers, self._verify)
+        cache.layers = self._layers()
         cache.layer_class_to_replicate = None
         self._newest = cache
 
@@ -280,6 +273,7 @@ def attach(
     balance: Mapping[int, Tensor] | None = None,
     min_tokens: int = 0,
     verify: Verify | bool | None = None,
+    pin_bias: PinBias = None,
 ) -> Attachment:
     """Give every new cache of a model packed layers; plain `generate` and pipelines then use them.
 
@@ -292,6 +286,8 @@ def attach(
         min_tokens: Keep a sequence in full precision until it has this many tokens.
         verify: Shadow some layers in full precision (True, or a `Verify`), so that `report(verify=True)` can say how
             far their attention was from it.
+        pin_bias: Added to the logits of pinned tokens, to give them more attention or less: one number, or `[Hq]` by
+            layer.
 
     Returns:
         A handle with `remove()` and `report()`, also a context manager.
@@ -309,10 +305,15 @@ def attach(
         warnings.warn("this model is in training mode and makes no packed caches by itself; call eval().", stacklevel=2)
     wanted = read_verify(verify)
     chosen, statistics = statistics_for(target, make_plan(target.config, method, plan), balance)
-    layers = build_layers(target.config, chosen, statistics=statistics, min_tokens=min_tokens)
-    cast_shadows(layers, wanted)  # these layers are not used: both refuse what does not fit
+
+    def layers() -> list[Any]:
+        made = build_layers(target.config, chosen, statistics=statistics, min_tokens=min_tokens, pin_bias=pin_bias)
+        cast_shadows(made, wanted)
+        return made
+
+    layers()  # refuses what does not fit
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in target._forward_pre_hooks.values()):
         raise UnsupportedInput(
             "this model is already attached. Call remove() on the first handle, or leave its with block."
         )
-    return Attachment(target, chosen, statistics=statistics, min_tokens=min_tokens, verify=wanted)
+    return Attachment(target, chosen, layers, verifies=wanted is not None)

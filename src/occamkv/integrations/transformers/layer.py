@@ -45,7 +45,7 @@ class Shared:
         self.pads: Tensor | None = None
         self._layers = [weakref.ref(layer) for layer in layers]
         self._known: tuple[int, frozenset[int]] | None = None
-        self._last: tuple[weakref.ref[Tensor], int, Seen] | None = None
+        self._last: tuple[weakref.ref[Tensor], tuple[int, bool], Seen] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """Copy what is shared; the links then lead to the copies of the layers."""
@@ -73,14 +73,16 @@ class Shared:
 
     def seen(self, mask: Tensor, layer: LayerCache, new: int) -> Seen:
         """Read a mask once for all layers of a step."""
-        if self._last is not None and self._last[0]() is mask and self._last[1] == layer.length:
+        by_engine = layer.waiting is not None and layer.pin_bias is None  # a first step, by the engine's own mask
+        kind = layer.length, by_engine
+        if self._last is not None and self._last[0]() is mask and self._last[1] == kind:
             return self._last[2]
         before, batch = layer.slots_before(new), layer.batch
-        if layer.waiting is not None:  # a first step is attended to by the engine's own mask
+        if by_engine:
             seen = Seen(read_pads(mask, before=before, new=new, batch=batch), None)
         else:
             seen = read_mask(mask, before=before, new=new, batch=batch)
-        self._last = (weakref.ref(mask), layer.length, seen)
+        self._last = (weakref.ref(mask), kind, seen)
         return seen
 
     def roll_back(self, length: int, *, failed: int) -> None:
@@ -117,6 +119,7 @@ class PackedLayer(DynamicLayer):
         statistics: Of the model's queries and keys, for methods that need them.
         min_tokens: Nothing is packed below this many tokens.
         pack_after_attend: See `LayerCache`.
+        pin_bias: See `LayerCache`.
     """
 
     is_compileable = False
@@ -130,10 +133,15 @@ class PackedLayer(DynamicLayer):
         statistics: Statistics | None = None,
         min_tokens: int = 0,
         pack_after_attend: bool = True,
+        pin_bias: Tensor | None = None,
     ) -> None:
         self.index = index
         self.cache: LayerCache | None = LayerCache(
-            method, statistics=statistics, min_tokens=min_tokens, pack_after_attend=pack_after_attend
+            method,
+            statistics=statistics,
+            min_tokens=min_tokens,
+            pack_after_attend=pack_after_attend,
+            pin_bias=pin_bias,
         )
         self.reason: str | None = None
         self.observer: Observer | None = None

@@ -15,6 +15,7 @@ from occamkv.formats import check_head_dim
 from occamkv.integrations.transformers.fingerprint import fingerprint
 from occamkv.integrations.transformers.layer import PackedLayer, Shared
 from occamkv.integrations.transformers.model import folded_layers, text_config
+from occamkv.integrations.transformers.pin_bias import PinBias, pin_biases
 from occamkv.methods import Method, method
 from occamkv.methods.auto import Dial
 from occamkv.methods.crossing import Statistics, known_rotary
@@ -63,7 +64,12 @@ def plan_for(config: Any, chosen: Method | str) -> Plan:
 
 
 def build_layers(
-    config: Any, plan: Plan, *, statistics: Mapping[int, Statistics] | None = None, min_tokens: int = 0
+    config: Any,
+    plan: Plan,
+    *,
+    statistics: Mapping[int, Statistics] | None = None,
+    min_tokens: int = 0,
+    pin_bias: PinBias = None,
 ) -> list[Any]:
     """Return one cache layer per model layer: ours where the plan packs, transformers' own elsewhere.
 
@@ -83,14 +89,19 @@ def build_layers(
     dials = {
         each: Dial(each, count) for each, count in Counter(entry.method.budget for entry in plan.layers).items() if each
     }
-    shares = shares_layers(text, layers)
+    shares, biases = shares_layers(text, layers), pin_biases(pin_bias, plan, text)
     for entry in plan.layers:
         if not entry.packs:
             continue
         own = (statistics or {}).get(entry.index)
         _check_statistics(entry, own)
         packed = layers[entry.index] = PackedLayer(
-            entry.index, entry.method, statistics=own, min_tokens=min_tokens, pack_after_attend=not shares
+            entry.index,
+            entry.method,
+            statistics=own,
+            min_tokens=min_tokens,
+            pack_after_attend=not shares,
+            pin_bias=biases.get(entry.index),
         )
         if entry.method.budget is not None:
             packed.choose_by(dials[entry.method.budget])

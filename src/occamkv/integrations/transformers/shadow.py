@@ -168,12 +168,18 @@ def cast_shadows(layers: Sequence[Any], verify: Verify | None) -> None:
     """Give some packed layers of a new cache shadows.
 
     Raises:
-        UnsupportedInput: See `Verify.chosen`.
+        UnsupportedInput: See `Verify.chosen`; or a layer shall not give what full precision does.
     """
     if verify is None:
         return
     packed = {layer.index: layer for layer in layers if isinstance(layer, PackedLayer)}
     for index in verify.chosen(list(packed)):
+        cache = packed[index].cache
+        if cache is not None and (cache.method.window is not None or cache.pin_bias is not None):
+            raise UnsupportedInput(
+                f"layer {index} forgets tokens (window) or moves attention (pin_bias), so full precision is no measure "
+                "of it. Leave verify out, or the window and pin_bias."
+            )
         packed[index].shadow = Shadow(verify)
 
 
