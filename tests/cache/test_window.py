@@ -133,7 +133,7 @@ def test_twins_pins_left_where_they_were_and_no_pins_are_told_apart():
     stream.cache.commit()
     stream.put(1)
     # the query looks at a pin: at the place where it should stand
-    pins, first = stream.kept()
+    _, first = stream.kept()
     q = 3 * ROTARY.turn(stream.plain[:, :, :1], torch.tensor([first - 4])).repeat_interleave(2, 1)
     truth, out = stream.truth(q), copy.deepcopy(stream.cache).attend(q)
     assert (out - truth).norm() / truth.norm() < 0.12
@@ -160,7 +160,7 @@ def test_moving_again_and_again_rounds_once():
         stream.put(64)
         stream.cache.commit()
         stream.cache.store.pinned()
-    pins, first = stream.kept()
+    _, first = stream.kept()
     shown = stream.cache.store.pinned()
     inside = stream.cache._crossing
     k, _ = inside.leave(shown.k.float(), shown.v.float())

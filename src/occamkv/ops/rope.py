@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LEFT = 0.1  # of the variance within groups may come from what is left of a key bias
+# How much of a key bias may be left, in units of what K varies without it within groups, all channels together:
+_SPREAD = 0.1  # variance within groups that it adds
+_OFFSET = 16.0  # its square; from 64 on 8-bit minimums cannot reach so far without wider steps
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class KeyBias:
 def worth_removing(bias: KeyBias, variance: Tensor, *, tokens: int) -> KeyBias | None:
     """Return what of a key bias would widen the groups of a record, or None if nothing of it matters.
 
-    A pair that hardly turns within a group is taken up by the group's minimum. What others add to the variance within
-    a group is `|b|^2 (1 - |mean of exp(i f t)|^2)`. Pairs go, the largest first, until the rest adds at most a tenth of
-    what the keys vary without their bias.
+    What a pair adds to the variance within a group is `|b|^2 (1 - |mean of exp(i f t)|^2)`. A slow pair adds little and
+    is taken up by the group's minimum, as far as 8-bit metadata can hold it. Pairs go, the worst first, until the rest
+    adds at most a tenth of what the keys vary without their bias, and its square is at most 16 times that.
 
     Args:
         bias: All of it.
@@ -87,14 +89,14 @@ def worth_removing(bias: KeyBias, variance: Tensor, *, tokens: int) -> KeyBias |
     rotary = bias.rotary
     steps = torch.arange(tokens, dtype=torch.float64)
     mean = torch.polar(torch.ones(1, 1, dtype=torch.float64), rotary.frequencies[:, None] * steps).mean(1)
-    length = bias.vector[:, rotary.first].double().square() + bias.vector[:, rotary.second].double().square()
-    added = length * (1 - mean.abs().square())  # [H, P]
-    allowed = _LEFT * variance.double().sum(-1).to(added.device)
-    order = (added / allowed[:, None]).amax(0).argsort(descending=True)
-    rest = added.sum(1) - added[:, order].cumsum(1).T  # [P, H]: what is left after taking out so many pairs and one
-    if bool((added.sum(1) <= allowed).all()):
+    square = bias.vector[:, rotary.first].double().square() + bias.vector[:, rotary.second].double().square()
+    own = variance.double().sum(-1).to(square.device)[:, None].clamp_min(1e-30)
+    harm = torch.cat((square * (1 - mean.abs().square()) / (_SPREAD * own), square / (_OFFSET * own)))  # [2 H, P]
+    order = harm.amax(0).argsort(descending=True)
+    rest = harm.sum(1, keepdim=True) - harm[:, order].cumsum(1)  # what is left when so many pairs and one more are out
+    if bool((harm.sum(1) <= 1).all()):
         return None
-    count = int((rest > allowed).any(1).sum()) + 1
+    count = int((rest > 1).any(0).sum()) + 1
     taken = order[:count].sort().values
     part = Rotary(rotary.frequencies[taken], rotary.first[taken], rotary.second[taken])
     vector = torch.zeros_like(bias.vector)

@@ -40,7 +40,5 @@ def pin_biases(pin_bias: PinBias, plan: Plan, text: Any) -> dict[int, Tensor]:
                 f"that are packed and pin tokens: {sorted(pinning) or 'none, see the method of the plan'}."
             )
     if not pin_bias:
-        raise UnsupportedInput(
-            "pin_bias was given, but no layer pins tokens. Use a method that does: pins='first:4'."
-        )
+        raise UnsupportedInput("pin_bias was given, but no layer pins tokens. Use a method that does: pins='first:4'.")
     return {index: bias.float() for index, bias in pin_bias.items()}
