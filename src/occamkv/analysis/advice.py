@@ -14,7 +14,7 @@ from occamkv.methods import Method
 from occamkv.ops.outliers import BLOCK_TOKENS, outliers
 
 MARGIN = 0.6
-"""A change is advised if it lowers the error of the attention output below this share; smaller gains may be noise."""
+"""A change is advised if it lowers the error of the attention output below this share (docs/analyze.md)."""
 
 FIRST_PINS = 4
 _MANY = 8  # so many tokens behind the first ones stick out of their groups, not one or two by chance
