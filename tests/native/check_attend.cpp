@@ -138,7 +138,8 @@ std::vector<Token> tokens_of(const Shape &s, const okv_layout &l, std::vector<Pa
   return tokens;
 }
 
-// Causal attention of one query, which leans towards tokens in full precision; tokens with an odd position are hidden if there is a mask.
+// Causal attention of one query, which leans towards tokens in full precision; tokens with an odd position are hidden
+// if there is a mask.
 std::vector<double> expected(const std::vector<Token> &tokens, const double *q, int64_t at, double scale, bool masked,
                              double lean) {
   std::vector<double> logits, out(tokens[0].v.size());

@@ -91,7 +91,8 @@ struct KeyBias {
   KeyBias(Random &random, int pairs, int head_dim, int pages)
       : lanes((pairs + 15) / 16 * 16), frequencies(pairs), first(pairs), second(pairs),
         vector(static_cast<size_t>(KV_HEADS) * 2 * lanes), coarse(static_cast<size_t>(pages) * 2 * lanes),
-        fine(static_cast<size_t>(OKV_PAGE_TOKENS) * 2 * lanes), columns(static_cast<size_t>(OKV_PAGE_TOKENS) * 2 * pairs) {
+        fine(static_cast<size_t>(OKV_PAGE_TOKENS) * 2 * lanes),
+        columns(static_cast<size_t>(OKV_PAGE_TOKENS) * 2 * pairs) {
     for (size_t i = 0; i < vector.size; i++) vector[i] = i % lanes < first.size ? random.normal() : 0;
     for (int p = 0; p < pairs; p++) {
       frequencies[p] = std::pow(1e4, -static_cast<double>(p) / pairs);

@@ -133,8 +133,9 @@ struct okv_decode {
   int32_t threads, reserved;
 };
 
-// One token of every sequence: it is rotated and put into the ring, read together with all others, and what is due is
-// packed into pages that are there already. A key bias is taken out of it first. Counts are brought up to date when everything has worked.
+// One token of every sequence: a key bias is taken out of it, it is rotated and put into the ring, read together with
+// all others, and what is due is packed into pages that are there already. Counts are brought up to date when everything
+// has worked.
 struct okv_step {
   okv_attend attend;  // queries 1; q_positions, packed, full and full_count are filled in by the call
   okv_packed packed;  // lengths are taken from the counts
