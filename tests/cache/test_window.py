@@ -213,5 +213,5 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UnsupportedInput, match="min_tokens is 500; allowed: at most the window of 300"):
         LayerCache(FORMS["rolling"], min_tokens=500)
     for bad in (255, 0, -5, 300.0, True, "300"):
-        with pytest.raises(UnsupportedFormat, match="window is .*at least 256"):
+        with pytest.raises(UnsupportedFormat, match=r"window is .*at least 256"):
             method("occam", window=bad)
