@@ -169,7 +169,8 @@ def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -
     model, tokenizer = models.load(settings.model, device=settings.device, dtype=settings.dtype)
     progress.update(task, completed=1)
     ids = _tokenize(settings, tokenizer).to(model.device)
-    _check_length(model, ids.shape[1] + settings.max_new_tokens)
+    endless = settings.plan is None and settings.method.window is not None
+    _check_length(model, ids.shape[1] + (0 if endless else settings.max_new_tokens))
     cache = PackedCache(
         model, settings.method, plan=settings.plan, min_tokens=settings.min_tokens, verify=settings.verify
     )

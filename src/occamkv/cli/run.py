@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from occamkv.cli.shell import check_writable, err, fail, out, verb, with_budget, write_json, write_text
+from occamkv.cli.shell import check_writable, err, fail, named, out, verb, write_json, write_text
 from occamkv.errors import UnsupportedInput
 from occamkv.methods import DEFAULT_METHOD
 
@@ -38,6 +38,12 @@ def run(
         typer.Option("--method", help=f"See `occamkv methods`. Default: {DEFAULT_METHOD}.", show_default=False),
     ] = None,
     bits: Annotated[float | None, typer.Option(help="Budget of --method auto, in bits per value.")] = None,
+    pins: Annotated[
+        str | None, typer.Option(help="Tokens kept in full precision: none, first:4, detected, at:0,7,130, ...")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Keep the pins and so many of the newest tokens: endless texts, no more memory.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan file instead of one method for all layers.")] = None,
     min_tokens: Annotated[int, typer.Option(min=0, help="Keep shorter contexts in full precision.")] = 0,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
@@ -68,9 +74,11 @@ def run(
     if "-" in (receipt_file, receipt_page):
         raise UnsupportedInput("a receipt goes to a file, not to stdout; stdout takes --json -.")
     receipt = receipt_file is not None or receipt_page is not None
-    if method_name is not None and plan is not None:
-        raise UnsupportedInput("give either --method NAME or --plan FILE; a plan names the method of each layer.")
-    chosen = with_budget(method_name or DEFAULT_METHOD, bits)
+    if plan is not None and (method_name, bits, pins, window) != (None,) * 4:
+        raise UnsupportedInput(
+            "give either --plan FILE or --method, --bits, --pins, --window; a plan says all that for each layer."
+        )
+    chosen = named(method_name or DEFAULT_METHOD, budget=bits, pins=pins, window=window)
     text = _prompt(prompt, prompt_file)
     loaded_plan = None if plan is None else Plan.load(plan)
     settings = Settings(

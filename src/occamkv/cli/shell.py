@@ -51,9 +51,9 @@ def verb(name: str, *, group: typer.Typer = app) -> Callable[[Callable[..., None
     return register
 
 
-def with_budget(name: str, bits: float | None) -> Method:
-    """Return a method by name, with a budget if one is given."""
-    return method(name) if bits is None else method(name, budget=bits)
+def named(name: str, **overrides: Any) -> Method:
+    """Return a method by name, with the overrides that were given; None stands for an option that was not."""
+    return method(name, **{field: value for field, value in overrides.items() if value is not None})
 
 
 def fail(message: str, code: int) -> None:
