@@ -108,7 +108,7 @@ class TestKeyBias:
         ours, cache, _ = compare(model, ids, "occam", score_from=300)
         kept, other, _ = compare(model, ids, method("occam", key_bias="keep"), score_from=300)
         pairs = {layer.key_bias_pairs for layer in cache.layers}
-        assert len(pairs) == 1 and 2 < max(pairs) < 8, "some of five: the slow ones do no harm"
+        assert pairs <= {2, 3, 4}, "some of five: the slow ones do no harm"
         assert f"key bias taken out of {max(pairs)} pairs of channels" in str(cache)
         assert "key bias" not in str(other) and other.layers[0].key_bias_pairs == 0
         assert ours.kl_mean < 0.7 * kept.kl_mean
