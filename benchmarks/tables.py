@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -221,6 +222,31 @@ def step_parts() -> str:
     return "\n".join([*lines, "", f"{data['model']}, `{data['method']}`, {data['isa']}, {data['what']}. {under(data)}"])
 
 
+def key_bias() -> str:
+    """Return the table of `benchmarks/key_bias.py`: KL of attention rows by length and place of a key bias."""
+    data = read("key-bias")
+    names = list(data["rows"][0]["kl"])
+    lines = ["| bias | in pairs | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    for row in data["rows"]:
+        values = " | ".join(f"{row['kl'][name]:.2f}" for name in names)
+        lines.append(f"| {row['size']:.0f} | {row['where']} | {values} |")
+    return "\n".join([*lines, "", f"{data['what'].capitalize()}; a made-up model. {under(data)}"])
+
+
+def streaming() -> str:
+    """Return the table of `benchmarks/streaming.py`: perplexity by how much of a long text was read."""
+    data = read("streaming")
+    names, rows = list(data["rows"]), list(data["rows"].values())
+    parts = (len(rows[0]["perplexity"]) + 7) // 8
+    lines = ["| tokens | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for part in range(parts):
+        cells = (f"{statistics.geometric_mean(row['perplexity'][8 * part : 8 * part + 8]):.1f}" for row in rows)
+        lines.append(f"| {8 * part}k to {8 * part + 8}k | " + " | ".join(cells) + " |")
+    lines.append("| cache at the end | " + " | ".join(f"{row['cache_bytes'] / 2**20:.1f} MiB" for row in rows) + " |")
+    told = f"{data['model']}, made for {data['trained_tokens']} tokens: {data['what']}, window of {data['window']}."
+    return "\n".join([*lines, "", f"{told} {under(data)}"])
+
+
 SHOWN = (
     *("full", "occam_small", "occam", "occam_quality", "occam_quality_k3v2_g64"),
     *("oscar", "kivi", "turboquant", "turboquant_k3v3"),
@@ -235,6 +261,8 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "balance": partial(by_model, "balance", "source"),
         "ablation": partial(by_model, "ablation", "method"),
         "dial": partial(quality, "dial-smollm2", "dial-gemma3"),
+        "key-bias": key_bias,
+        "streaming": streaming,
     },
     "docs/performance.md": {
         "attend": partial(measured, attend_speed, "bench-attend"),
