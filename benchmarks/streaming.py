@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from occamkv.cli.conditions import conditions
@@ -87,7 +87,7 @@ def read(model: Any, ids: Tensor, chosen: Method, name: str) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw perplexity against the tokens read."""
-    with house_style():
+    with house_style(size=10):
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.subplots()
         for number, (name, row) in enumerate(result["rows"].items()):
@@ -96,8 +96,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.plot(at, row["perplexity"], color=light(number), label=f"{name}: {size}")
         axes.axvline(result["trained_tokens"] / 1024, color=MUTED, linestyle=":", linewidth=1)
         axes.set_yscale("log")
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="thousand tokens read (1k = 1024)", ylabel="perplexity of 1k tokens")
         axes.set_title(f"{result['model']}: window of {result['window']} tokens", loc="left")
         axes.annotate(

@@ -230,7 +230,7 @@ def key_bias() -> str:
     for row in data["rows"]:
         values = " | ".join(f"{row['kl'][name]:.2f}" for name in names)
         lines.append(f"| {row['size']:.0f} | {row['where']} | {values} |")
-    return "\n".join([*lines, "", f"{data['what'].capitalize()}; a made-up model. {under(data)}"])
+    return "\n".join([*lines, "", f"A made-up model: {data['what']}. {under(data)}"])
 
 
 def streaming() -> str:
