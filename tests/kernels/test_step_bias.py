@@ -38,7 +38,7 @@ def decoded(form, monkeypatch, *, key_bias: KeyBias | None, leaning: torch.Tenso
 
     def attend(q, *, full, **given):
         biased = [replace(full[0], logit_bias=leaning), *full[1:]] if form.pinned_tokens else full
-        return original(q, full=biased, key_bias=key_bias, **given)
+        return original(q, full=biased, **(given | {"key_bias": key_bias}))
 
     def put(count: int, kept: torch.Tensor | None, *, without_bias: bool):
         k, v = mirror.fresh(count)
