@@ -90,8 +90,6 @@ def test_what_is_missing_is_said(run, tmp_path, tokens, more, told):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (("--receipt", "-"), "not to stdout"),
-        (("--receipt-html", "-"), "not to stdout"),
         (("--receipt", "/no/such/folder/r.json"), "cannot write"),
         (("--verify-fraction", "0"), "above 0 to 1"),
         (("--verify-fraction", "1.5"), "above 0 to 1"),

@@ -47,13 +47,13 @@ def analyze_model(
     """Tell where a model's attention sinks are, what its keys look like, and what a packed cache should do about it."""
     from occamkv.analysis.measure import analyze
     from occamkv.analysis.trace import Selection, record
-    from occamkv.cache import Plan
     from occamkv.cli.conditions import conditions
     from occamkv.cli.models import load
     from occamkv.evals.texts import read_text
     from occamkv.integrations.transformers import plan_for
 
-    for path in (json_file, html_file, None if plan is None else str(plan)):
+    check_writable(json_file, stdout=True)
+    for path in (html_file, plan):
         check_writable(path)
     others = _others(compare or [], html_file)
     base, wanted = _method(method_name), _numbers(layers)
@@ -77,7 +77,7 @@ def analyze_model(
         **found.to_json(),
     }
     if plan is not None:
-        Plan.save(found.plan, plan)
+        write_json(found.plan.to_json(), plan)
     if json_file is not None:
         write_json(result, json_file)
     if html_file is not None:

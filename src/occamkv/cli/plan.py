@@ -65,7 +65,8 @@ def plan(
     from occamkv.planning.result import compare
     from occamkv.planning.units import tokens_of
 
-    for path in (json_file, plot_file, plan_file):
+    check_writable(json_file, stdout=True)
+    for path in (plot_file, plan_file):
         check_writable(path)
     if plot_file is not None:
         _check_plot(plot_file)
@@ -212,5 +213,5 @@ def _write_plan(path: str | None, result: dict[str, Any], plans: dict[str, Plan]
     if name is None:
         err.print(f"no plan was written to {path}: nothing fits, or nothing can be packed", markup=False)
         return
-    plans[name].save(path)
-    out.print(f"plan of {name} written to {path}; `occamkv run --plan` takes it", markup=False, highlight=False)
+    write_json(plans[name].to_json(), path)
+    err.print(f"plan of {name} written to {path}; `occamkv run --plan` takes it", markup=False, highlight=False)

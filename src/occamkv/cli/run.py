@@ -69,10 +69,9 @@ def run(
     from occamkv.cache import Plan
     from occamkv.cli.generate import Settings, generate
 
-    for path in (json_file, receipt_file, receipt_page):
+    check_writable(json_file, stdout=True)
+    for path in (receipt_file, receipt_page):
         check_writable(path)
-    if "-" in (receipt_file, receipt_page):
-        raise UnsupportedInput("a receipt goes to a file, not to stdout; stdout takes --json -.")
     receipt = receipt_file is not None or receipt_page is not None
     if plan is not None and (method_name, bits, pins, window) != (None,) * 4:
         raise UnsupportedInput(
