@@ -120,6 +120,24 @@ def _check_gguf(path: Path) -> None:
         )
 
 
+def config_of(name: str) -> tuple[Any, list[str]]:
+    """Return the configuration of a model, or of a config.json, and what was assumed; no weights are read.
+
+    Raises:
+        UnsupportedInput: There is no such file, or it lacks what nothing can be said without.
+        UnsupportedModel: There is no such model, or transformers cannot read its configuration.
+    """
+    from occamkv.integrations.transformers.configuration import read_config
+
+    path = Path(name).expanduser()
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise UnsupportedInput(f"there is no file {name!r}; allowed: a config.json, or the name of a model.")
+        return read_config(path)
+    found = find(name)
+    return read_config(found.where, **found.options)
+
+
 def load(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
     """Load model and tokenizer.
 

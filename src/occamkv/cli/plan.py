@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from occamkv.cli.shell import EXIT_NOTHING_QUANTIZED, check_writable, err, fail, out, verb, write_json
+from occamkv.cli.shell import EXIT_NOTHING_QUANTIZED, check_writable, err, fail, verb, write_json
 from occamkv.errors import NothingQuantized, UnsupportedInput
 from occamkv.methods import method
 
@@ -128,18 +128,10 @@ def _room_reader(memory: str | None, weights: str | None, bits: int | None, rese
 
 def _read(model: str, dtype: str) -> tuple[Any, ModelSizes, list[str]]:
     """Return configuration and sizes of a model, and what was assumed about it."""
-    from occamkv.cli.models import find
-    from occamkv.integrations.transformers.configuration import read_config
+    from occamkv.cli.models import config_of
     from occamkv.integrations.transformers.sizes import read_sizes
 
-    path = Path(model).expanduser()
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise UnsupportedInput(f"there is no file {model!r}.")
-        config, notes = read_config(path)
-    else:
-        found = find(model)
-        config, notes = read_config(found.where, **found.options)
+    config, notes = config_of(model)
     return config, read_sizes(config, dtype=dtype), notes
 
 
