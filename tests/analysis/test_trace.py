@@ -385,7 +385,7 @@ def _rename(tensors: dict[str, Any], old: str, new: str) -> None:
 
 DAMAGES = {
     "another version": (lambda h, t: h.update(schema_version=2), "schema_version is 2; this version reads 1"),
-    "no trace": (lambda h, t: t["__metadata__"].clear(), "schema_version is None; this version reads 1"),
+    "no trace": (lambda h, t: t["__metadata__"].clear(), "holds tensors, and no trace; allowed"),
     "a field is missing": (lambda h, t: h.pop("texts"), "its header lacks 'texts'. Record it again"),
     "a field of another kind": (lambda h, t: h["layers"][0].update(window="wide"), r"its header.layers\[0\].window is"),
     "a tensor is missing": (lambda h, t: _rename(t, "layers.1.k", "x"), "tensor layers.1.k has shape None"),

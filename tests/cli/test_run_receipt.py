@@ -95,6 +95,8 @@ def test_what_is_missing_is_said(run, tmp_path, tokens, more, told):
         (("--verify-fraction", "1.5"), "above 0 to 1"),
         (("--verify-layers", "0"), "from 1 on"),
         (("--method", "full", "--verify-fraction", "1"), "no layer of this cache is packed"),
+        (("--window", "256", "--receipt", "r.json"), "Leave out --window, or --receipt"),
+        (("--window", "256", "--verify-layers", "2"), "Leave out --window, or --receipt"),
     ],
 )
 def test_bad_input_ends_with_2(run, args, told):

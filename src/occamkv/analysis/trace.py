@@ -120,7 +120,11 @@ class Trace:
             UnsupportedInput: There is no such file, it is damaged, no trace, or of another version.
         """
         metadata, tensors = read_tensors(Path(path))
-        header = _read_header(metadata.get(_HEADER, "{}"))
+        if _HEADER not in metadata:
+            raise UnsupportedInput(
+                f"{str(path)!r} holds tensors, and no trace; allowed: what `Trace.save` or `record(spill=...)` wrote."
+            )
+        header = _read_header(metadata[_HEADER])
         _check_tensors(header, tensors)
         layers = [_read_layer(entry, tensors) for entry in header["layers"]]
         return Trace(

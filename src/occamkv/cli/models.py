@@ -180,7 +180,7 @@ def load(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, A
 
 def _not_loaded(name: str, source: Source, error: Exception) -> str:
     """Say why transformers could not load a model, in one line, and what to do."""
-    told = " ".join(str(error).split())[:300] or type(error).__name__
+    told = " ".join(str(error).split()).partition(" Model type should be one of")[0][:300] or type(error).__name__
     if not Path(source.where).exists():
         return f"transformers cannot load {name!r}: {told} Run: hf download {name}"
     return (
