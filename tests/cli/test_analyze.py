@@ -193,6 +193,16 @@ def test_a_trace_of_another_model_or_beside_a_text_is_refused(analyze, occamkv, 
     assert complaints(done.code, done.out, done.err, words=("empty",)) == []
 
 
+def test_a_tokenizer_of_another_model_is_refused(occamkv, copy_of, words):
+    folder = copy_of("packable")
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"]["w9"] = 1000
+    path.write_text(json.dumps(data))
+    done = occamkv("analyze", folder, "--text", words)
+    assert complaints(done.code, done.out, done.err, words=("token 1000", "knows 96")) == []
+
+
 def test_activations_that_are_not_numbers_are_refused(occamkv, copy_of, words):
     folder = copy_of("packable")
     tensors = load_file(folder / "model.safetensors")

@@ -117,13 +117,14 @@ def _from_text(
 ) -> _Seen:
     """Let the model read a text, and record what its attention sees."""
     from occamkv.analysis.trace import Selection, record
-    from occamkv.cli.models import load
+    from occamkv.cli.models import check_tokens, load
     from occamkv.evals.texts import read_text
 
     read = read_text(text)
     loaded, tokenizer = load(model, device=device, dtype=dtype)
     plan, refused = _plan(loaded.config, base)
     ids, bos = _ids(read, tokenizer, _count(loaded, tokens))
+    check_tokens(loaded, ids)
     progress(0, 1)
     keep = Selection(layers=layers, hidden=True, received=True)
     try:

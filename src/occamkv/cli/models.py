@@ -178,6 +178,15 @@ def load(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, A
     return model.to(where).eval(), tokenizer
 
 
+def check_tokens(model: Any, ids: Any) -> None:
+    """Raise `UnsupportedModel` if a tokenizer made tokens, `[1, T]`, that the model does not know."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if ids.numel() and int(ids.max()) >= known:
+        raise UnsupportedModel(
+            f"the tokenizer made token {int(ids.max())}, the model knows {known}. Use the model's own tokenizer."
+        )
+
+
 def _not_loaded(name: str, source: Source, error: Exception) -> str:
     """Say why transformers could not load a model, in one line, and what to do."""
     told = " ".join(str(error).split()).partition(" Model type should be one of")[0][:300] or type(error).__name__
