@@ -47,6 +47,7 @@ SLIDING_AND_FULL = {"sliding_window": 32, "layer_types": ["sliding_attention", "
 KINDS = {
     "packable": ("LlamaConfig", "LlamaForCausalLM", SIZES),
     "half sliding": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**SIZES, **SLIDING_AND_FULL}),
+    "learned sinks": ("GptOssConfig", "GptOssForCausalLM", {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "all sliding": ("MistralConfig", "MistralForCausalLM", {**SIZES, "sliding_window": 32}),
     "no attention": ("Mamba2Config", "Mamba2ForCausalLM", STATE_SPACE),
 }

@@ -86,8 +86,10 @@ def test_the_json_of_a_model_has_every_field_and_its_plan_packs(tiny):
     model, ids, recorded = tiny
     found = analyze(recorded, plan_for(model.config, "occam"))
     data = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert misfits(data, SCHEMA) == []
     sliding, full = data["layers"]
+    assert (sliding.pop("errors"), sliding.pop("rotation_gain"), sliding.pop("token_scale_gain")) == (None,) * 3
+    assert misfits(sliding, {key: kind for key, kind in LAYER.items() if key in sliding}) == []
+    assert misfits({**data, "layers": [full]}, SCHEMA) == []
     assert (sliding["kind"], sliding["packs"], sliding["advice"]["method"]) == (
         "sliding window of 32 tokens",
         False,
@@ -95,7 +97,7 @@ def test_the_json_of_a_model_has_every_field_and_its_plan_packs(tiny):
     )
     assert "sliding window" in sliding["advice"]["why"]
     assert (full["kind"], full["packs"], full["query_heads"], full["kv_heads"], full["head_dim"]) == (
-        "full",
+        "full attention",
         True,
         4,
         2,
@@ -117,8 +119,8 @@ def test_the_json_of_a_model_has_every_field_and_its_plan_packs(tiny):
 def test_a_schema_that_does_not_fit_is_noticed(tiny):
     model, _, recorded = tiny
     data = analyze(recorded, plan_for(model.config, "oscar")).to_json()
-    data["layers"][0]["sink_rate"], data["layers"][1]["profile"] = None, {}
-    assert len(misfits(data, SCHEMA)) == 7
+    data["layers"][1]["sink_rate"], data["layers"][1]["profile"] = None, {}
+    assert len(misfits({**data, "layers": data["layers"][1:]}, SCHEMA)) == 7
 
 
 def test_numbers_have_4_digits_and_pictures_3():
@@ -158,7 +160,36 @@ def test_the_headline_says_no_sinks_and_do_not_rotate():
     words = " ".join(analyze(trace(fixed_where_looked_at()), plan()).headline)
     assert "No attention sinks" in words
     assert "Do not rotate K (plain Hadamard) in layer 0" in words
-    assert "Advice: no rotation in layer 0." in words
+    assert "Advice: do not rotate K in layer 0." in words
+
+
+def test_the_headline_names_the_layer_in_which_a_sink_is_low_where_others_are_not():
+    sinks = [layer(seed=index, sink_at=0) for index in range(3)]
+    for given in sinks[1:]:
+        given.k[:, :, 0] *= 4  # attention stays, the norm is an ordinary one
+    words = analyze(trace(*(replace(one, index=i) for i, one in enumerate(sinks))), plan(count=3)).headline
+    assert words[0].startswith("No low-norm sinks in K: the K norm of token 0 ('t0') is ")
+    assert words[0].endswith("(except in layer 0: 0.27).")
+    assert "e+" not in words[1]
+
+
+def test_the_headline_names_the_pins_that_are_advised():
+    assert "; pins first:4 in layer 0." in analyze(trace(layer(sink_at=2)), plan()).headline[-1]
+    assert "pins" not in analyze(trace(layer()), plan()).headline[-1]
+
+
+def test_where_nothing_can_be_packed_the_headline_says_why():
+    full = LayerPlan(0, method("full"), "a window is short")
+    found = analyze(trace(layer()), plan(full))
+    assert found.headline[-1] == "Nothing can be packed: a window is short."
+    assert found.layers[0].rotation_gain is not None
+
+
+@pytest.mark.parametrize(("window", "tried"), [(128, False), (129, True)])
+def test_a_window_that_holds_the_newest_tokens_alone_is_not_tried(window, tried):
+    full = LayerPlan(0, method("full"), "sliding window")
+    (one,) = analyze(trace(layer(window=window)), plan(full)).layers
+    assert (one.errors is not None, one.rotation_gain is not None) == (tried, tried)
 
 
 def test_a_layer_whose_attention_is_not_plain_is_not_tried():

@@ -70,12 +70,24 @@ def test_norms_show_each_layer_and_mark_low_sinks_apart_from_others():
         [layer["profile"]["k_norm"][0] / m for layer, m in zip(layers, middles, strict=True)]
     )
     marked = dots(axes)
-    assert [y for _, y, _ in marked] == pytest.approx(firsts)
+    assert [y for _, y, _ in marked] == pytest.approx([0.25, 0.26, 0.27, 0.28])
     assert {x for x, *_ in marked} == {0.0}
     (low,) = {colour for *_, colour in marked}
     even = drawn(lambda axes: plots.norms(axes, even_norm_result()["layers"], limits=LIMITS))
     (ordinary,) = {colour for *_, colour in dots(even)}
     assert low != ordinary
+
+
+def test_a_low_sink_that_is_an_exception_has_the_number_of_its_layer():
+    def named(layers):
+        axes = drawn(lambda axes: plots.norms(axes, layers, limits=LIMITS))
+        return [note.get_text() for note in axes.texts if note.get_text().startswith("layer")]
+
+    layers = even_norm_result()["layers"]
+    assert named(layers) == []
+    layers[3]["sinks"][0]["k_norm"] = 0.45
+    assert named(layers) == ["layer 3"]
+    assert named(low_norm_result()["layers"]) == []
 
 
 def test_positions_stand_on_an_axis_that_makes_room_for_the_first_tokens():

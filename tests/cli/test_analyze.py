@@ -51,7 +51,7 @@ def test_stdout_is_json_alone(analyze, folder_of, words):
     assert not set(FIELDS) - set(result)
     assert (result["model"], result["tokens"], result["base_method"]) == (str(folder_of("half sliding")), 400, "oscar")
     assert result["text"] == {"name": "words.txt", "sha256": read_text(words).sha256}
-    assert [layer["kind"] for layer in result["layers"]] == ["sliding window of 32 tokens", "full"]
+    assert [layer["kind"] for layer in result["layers"]] == ["sliding window of 32 tokens", "full attention"]
 
 
 def test_the_table_shows_each_layer_its_advice_and_the_headline(analyze):
@@ -129,6 +129,7 @@ def test_a_page_without_matplotlib_is_refused(refused, tmp_path, monkeypatch):
         (["--text", "no such file"], ("no such file",)),
         (["--device", "frobnicator"], ("'frobnicator'",)),
         (["--json", "/no such folder/result.json"], ("/no such folder/result.json",)),
+        (["--save-trace", "/no such folder/trace"], ("/no such folder/trace",)),
         (["--html", "/no such folder/page.html"], ("/no such folder/page.html",)),
         (["--html", "page.html", "--compare", "no such file"], ("no such file",)),
         (["--compare", "other.json"], ("--html",)),
@@ -154,9 +155,52 @@ def test_fewer_tokens_than_can_be_packed_are_wrong_usage(analyze):
     assert "--tokens" in done.err
 
 
-@pytest.mark.parametrize("kind", ["no attention", "all sliding"])
-def test_a_model_without_layers_to_pack_ends_with_3(refused, kind):
-    refused(words=("can be packed",), code=3, kind=kind)
+def test_a_model_without_attention_ends_with_3(refused):
+    refused(words=("can be packed",), code=3, kind="no attention")
+
+
+def test_what_can_be_measured_where_nothing_can_be_packed_is_shown_and_ends_with_3(analyze, tmp_path):
+    done = analyze(
+        "--json", "-", "--html", tmp_path / "page.html", "--plan", tmp_path / "plan.json", kind="all sliding"
+    )
+    assert complaints(done.code, "", done.err, words=("can be packed",), wanted_code=3) == []
+    assert done.json["headline"][-1].startswith("Nothing can be packed: sliding window")
+    assert [layer["packs"] for layer in done.json["layers"]] == [False, False]
+    assert "Nothing can be packed" in (tmp_path / "page.html").read_text()
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_saved_trace_gives_the_same_analysis_without_weights(analyze, occamkv, copy_of, tmp_path):
+    path = tmp_path / "prompt.trace.safetensors"
+    seen = analyze("--save-trace", path, "--json", "-").json
+    folder = copy_of("half sliding")
+    (folder / "model.safetensors").unlink()
+    read = occamkv("analyze", folder, "--trace", path, "--json", "-").json
+    for name in ("layers", "headline", "plan", "tokens", "panels"):
+        assert read[name] == seen[name]
+    assert (read["text"]["name"], read["bos"]["told"]) == (path.name, "The trace begins with 'w9'.")
+
+
+def test_a_trace_of_another_model_or_beside_a_text_is_refused(analyze, occamkv, folder_of, tmp_path):
+    path = tmp_path / "prompt.trace.safetensors"
+    assert analyze("--save-trace", path, "--layers", "1").code == 0
+    done = occamkv("analyze", folder_of("packable"), "--trace", path)
+    assert complaints(done.code, done.out, done.err, words=("the trace is of gemma3_text", "llama")) == []
+    done = analyze("--trace", path, "--layers", "1")
+    assert complaints(done.code, done.out, done.err, words=("--text, --layers and --trace",)) == []
+    (tmp_path / "empty").touch()
+    done = occamkv("analyze", folder_of("packable"), "--trace", tmp_path / "empty")
+    assert complaints(done.code, done.out, done.err, words=("empty",)) == []
+
+
+def test_a_tokenizer_of_another_model_is_refused(occamkv, copy_of, words):
+    folder = copy_of("packable")
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"]["w9"] = 1000
+    path.write_text(json.dumps(data))
+    done = occamkv("analyze", folder, "--text", words)
+    assert complaints(done.code, done.out, done.err, words=("token 1000", "knows 96")) == []
 
 
 def test_activations_that_are_not_numbers_are_refused(occamkv, copy_of, words):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
+import saved_models
 from occamkv.cli import models
 from one_line_error import complaints
 
@@ -19,9 +21,10 @@ PROMPT = ("--prompt", "w1 w2 w3")
 def refused(occamkv):
     """Check that a model is refused in the right form, naming these words."""
 
-    def check(model: object, *words: str, prompt: str = "w1 w2 w3") -> None:
+    def check(model: object, *words: str, prompt: str = "w1 w2 w3") -> str:
         done = occamkv("run", model, "--prompt", prompt)
         assert complaints(done.code, done.out, done.err, words=words) == []
+        return done.err
 
     return check
 
@@ -147,6 +150,14 @@ def test_a_gguf_file_of_an_unknown_architecture_is_refused_by_its_name(refused, 
 def test_a_gguf_file_without_tensors_is_refused(refused, tmp_path):
     gguf(tmp_path / "model.gguf", tensors=0)
     refused(tmp_path / "model.gguf", str(tmp_path / "model.gguf"), "tensors")
+
+
+def test_a_model_that_is_no_decoder_is_named_without_a_list_of_all_that_are(refused, tmp_path):
+    t5 = {"d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 1, "num_heads": 2, "vocab_size": 99}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**t5))
+    model.save_pretrained(tmp_path)
+    saved_models.tokenizer().save_pretrained(tmp_path)
+    assert len(refused(tmp_path, "T5Config", "causal language model")) < 500
 
 
 def test_a_gguf_file_that_is_a_folder_is_refused(refused, tmp_path):

@@ -199,3 +199,10 @@ def test_a_model_folder_is_left_as_it_was(occamkv, copy_of):
     assert occamkv("run", folder, "--prompt", "w1 w2", "--max-new-tokens", 2).code == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     shutil.rmtree(folder)
+
+
+def test_a_model_that_sdpa_cannot_run_is_compared_all_the_same(run):
+    data = run("--max-new-tokens", 2, kind="learned sinks")
+    assert data["cache"]["packed_layers"] == 1
+    assert data["fidelity"]["positions"] > 100
+    assert data["full_cache"] is None

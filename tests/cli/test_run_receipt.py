@@ -90,13 +90,13 @@ def test_what_is_missing_is_said(run, tmp_path, tokens, more, told):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (("--receipt", "-"), "not to stdout"),
-        (("--receipt-html", "-"), "not to stdout"),
         (("--receipt", "/no/such/folder/r.json"), "cannot write"),
         (("--verify-fraction", "0"), "above 0 to 1"),
         (("--verify-fraction", "1.5"), "above 0 to 1"),
         (("--verify-layers", "0"), "from 1 on"),
         (("--method", "full", "--verify-fraction", "1"), "no layer of this cache is packed"),
+        (("--window", "256", "--receipt", "r.json"), "Leave out --window, or --receipt"),
+        (("--window", "256", "--verify-layers", "2"), "Leave out --window, or --receipt"),
     ],
 )
 def test_bad_input_ends_with_2(run, args, told):

@@ -343,3 +343,8 @@ def test_attached_models_are_verified_too(model):
 
 def test_the_name_is_public():
     assert occamkv.Verify is Verify
+
+
+def test_a_report_cannot_verify_logits_and_says_what_can(model):
+    with pytest.raises(UnsupportedInput, match=r"verify is 'logits'; allowed: True or False\. .*receipt\(model"):
+        PackedCache(model, verify=True).report(verify="logits")

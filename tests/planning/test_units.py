@@ -31,13 +31,14 @@ def test_what_is_no_size_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("128k", 131072), ("1M", 2**20), ("131072", 131072), ("1.5k", 1536), ("1", 1)]
+    ("text", "tokens"),
+    [("128k", 131072), ("1M", 2**20), ("131072", 131072), ("1.5k", 1536), ("1", 1), ("1024m", 2**30)],
 )
 def test_a_length_is_read(text, tokens):
     assert tokens_of(text, name="context") == tokens
 
 
-@pytest.mark.parametrize("text", ["", "0", "-4k", "128kb", "0.5", "1.0001k", "many"])
+@pytest.mark.parametrize("text", ["", "0", "-4k", "128kb", "0.5", "1.0001k", "many", "1025m", "9" * 20, "9" * 400])
 def test_what_is_no_length_is_refused(text):
     with pytest.raises(UnsupportedInput, match=r"context is .*128k"):
         tokens_of(text, name="context")

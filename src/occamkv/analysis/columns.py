@@ -63,11 +63,8 @@ def mean(values: Sequence[float]) -> float:
 
 def sink_norms(layer: Layer) -> list[tuple[int, str, float]]:
     """Return position, text and K norm over the layer's median of each sink, where it was measured."""
-    norms = numbers((layer.get("profile") or {}).get("k_norm"))
-    measured = [value for value in norms if math.isfinite(value)]
-    middle = median(measured) if measured else math.nan
-    sinks = [s for s in layer.get("sinks") or () if s.get("k_norm") is not None and middle > 0]
-    return [(int(s["position"]), str(s["token"]), float(s["k_norm"]) / middle) for s in sinks]
+    sinks = [s for s in layer.get("sinks") or () if s.get("k_norm") is not None]
+    return [(int(s["position"]), str(s["token"]), float(s["k_norm"])) for s in sinks]
 
 
 def error_ratios(layer: Layer) -> dict[str, float]:

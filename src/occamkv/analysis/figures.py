@@ -19,11 +19,11 @@ _TIMES = " \N{MULTIPLICATION SIGN}"
 
 def first_look(results: Sequence[Shown]) -> str:
     """Return the two figures that carry the page: norms of K with its sinks, and what the settings do to the error."""
-    ratios = [value for one in results for layer in one.packed for value in _drawn_norms(layer)]
-    changes = [value for one in results for layer in one.packed for value in error_ratios(layer).values()]
+    ratios = [value for one in results for layer in one.telling for value in _drawn_norms(layer)]
+    changes = [value for one in results for layer in one.telling for value in error_ratios(layer).values()]
 
     def norms(one: Shown) -> tuple[str, str, str]:
-        layers = [layer for layer in one.packed if (layer.get("profile") or {}).get("k_norm")]
+        layers = [layer for layer in one.telling if (layer.get("profile") or {}).get("k_norm")]
         limits = _limits(ratios, (0.2, 2))
         said, more = "Norm of K by position", sinks_told(one)
         return (
@@ -33,7 +33,7 @@ def first_look(results: Sequence[Shown]) -> str:
         )
 
     def slopes(one: Shown) -> tuple[str, str, str]:
-        layers = [layer for layer in one.packed if error_ratios(layer)]
+        layers = [layer for layer in one.telling if error_ratios(layer)]
         limits = _limits(changes, (0.5, 2))
         said, more = "Error of attention with K in 2 bits", errors_told(one)
         return (
@@ -42,8 +42,9 @@ def first_look(results: Sequence[Shown]) -> str:
             _figure(layers, f"{one.label}: {said}, {more}", lambda axes: plots.slopes(axes, layers, limits=limits)),
         )
 
+    packed = "a packed layer" if all(one.packed for one in results) else "a layer, packed if any is"
     return _pairs(results, norms, slopes) + note(
-        "Each grey line is a packed layer; all axes are logarithmic. Norms: further on in the text a line shows the "
+        f"Each grey line is {packed}; all axes are logarithmic. Norms: further on in the text a line shows the "
         "mean of ever longer ranges; dots are sinks, orange below half of the median. Errors: of the attention output "
         "with K in 2 bits over that with K as it is; bars are medians, the arrow is what a rotation does to scaled K."
     )
@@ -53,23 +54,23 @@ def sinks_told(result: Shown) -> str:
     """Return the norm of the token that is a sink in most packed layers, and in how many layers a sink is low."""
     found: dict[tuple[int, str], list[float]] = {}
     low = 0
-    for layer in result.packed:
+    for layer in result.telling:
         sinks = sink_norms(layer)
         low += any(ratio < LOW_NORM for *_, ratio in sinks)
         for position, token, ratio in sinks:
             found.setdefault((position, token), []).append(ratio)
     if not found:
-        return f"no sink was found in {len(result.packed)} packed layers"
+        return f"no sink was found in {result.count}"
     (position, token), ratios = min(found.items(), key=lambda item: (-len(item[1]), item[0]))
     return (
         f"sink “{visible(token)}” at {position}: {median(ratios):.2f}{_TIMES} the median norm; "
-        f"low in {low} of {len(result.packed)} packed layers"
+        f"low in {low} of {result.count}"
     )
 
 
 def errors_told(result: Shown) -> str:
     """Return the median error when rotated and scaled, as in the paper, and when balanced before that."""
-    ratios = [error_ratios(layer) for layer in result.packed]
+    ratios = [error_ratios(layer) for layer in result.telling]
     names = {"rotation+token_scale": "rotated and scaled", "balanced+token_scale": "balanced before that"}
     known = {told: [ratio[name] for ratio in ratios if name in ratio] for name, told in names.items()}
     said = [f"{told} {median(values):.2f}{_TIMES}" for told, values in known.items() if values]

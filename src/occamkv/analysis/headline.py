@@ -15,9 +15,10 @@ _HURTS, _HELPS = 0.8, 1.25  # gains of a plain rotation that are more than noise
 
 
 _NAMES = {
-    "none": "no rotation",
-    "hadamard": "plain Hadamard rotation",
-    "balanced": "balanced rotation (weighted by what queries look at)",
+    "none": "do not rotate K",
+    "hadamard": "rotate K",
+    "random": "rotate K with random signs",
+    "balanced": "balance K by what queries look at, then rotate it,",
 }
 
 
@@ -60,7 +61,8 @@ def _sinks(layers: Sequence[LayerAnalysis]) -> str:
     if 2 * len(low) > len(main):
         return f"Low-norm sinks in K: in {len(low)} of {_count(layers)} {told}."
     few = [layer.index for layer, sink in zip(with_sink, main, strict=True) if sink.k_norm < LOW_NORM]
-    return f"No low-norm sinks in K{f' (but in layer{_s(few)} {_listed(few)})' if few else ''}: {told}."
+    norms = _range([sink.k_norm for sink in low]) if low else ""
+    return f"No low-norm sinks in K: {told}{f' (except in layer{_s(few)} {_listed(few)}: {norms})' if few else ''}."
 
 
 def _rotation(layers: Sequence[LayerAnalysis]) -> str:
@@ -89,17 +91,19 @@ def _rotation(layers: Sequence[LayerAnalysis]) -> str:
 
 
 def _overall(layers: Sequence[LayerAnalysis], plan: Mapping[int, LayerPlan]) -> str:
-    """Say which rotation the advised plan has in each layer."""
-    packed = [layer for layer in layers if layer.packs]
+    """Say which rotation and which pins the advised plan has in each layer."""
+    packed = [layer.index for layer in layers if layer.packs]
+    if not any(entry.packs for entry in plan.values()):
+        return f"Nothing can be packed: {'; '.join(sorted({entry.reason or '' for entry in plan.values()}))}."
     if not packed:
         return "None of these layers is packed."
-    rotations = sorted({plan[layer.index].method.k_rotation for layer in packed})
-    parts = []
-    for rotation in rotations:
-        mine = [layer.index for layer in packed if plan[layer.index].method.k_rotation == rotation]
-        name = _NAMES.get(rotation, f"{rotation} rotation")
-        parts.append(f"{name} in layer{_s(mine)} {_listed(mine)}")
-    return f"Advice: {'; '.join(parts)}."
+    rotated, pinned = dict[str, list[int]](), dict[str, list[int]]()
+    for index in packed:
+        chosen = plan[index].method
+        rotated.setdefault(_NAMES[chosen.k_rotation], []).append(index)
+        pinned.setdefault(f"pins {chosen.pins}", []).append(index)
+    told = [*sorted(rotated.items()), *((name, at) for name, at in sorted(pinned.items()) if name != "pins none")]
+    return f"Advice: {'; '.join(f'{name} in layer{_s(at)} {_listed(at)}' for name, at in told)}."
 
 
 def _count(layers: Sequence[LayerAnalysis]) -> str:
@@ -111,7 +115,7 @@ def _s(items: Sequence[object]) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    low, high = (f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 

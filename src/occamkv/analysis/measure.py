@@ -98,7 +98,7 @@ def _measure(layer: LayerTrace, entry: LayerPlan, texts: Sequence[str]) -> tuple
     bound, error = (make(k, bits=BOUND_BITS) / energy for make in (norms.error_bound, norms.measured_error))
     measured = LayerAnalysis(
         index=layer.index,
-        kind="full" if layer.window is None else f"sliding window of {layer.window} tokens",
+        kind="full attention" if layer.window is None else f"sliding window of {layer.window} tokens",
         packs=entry.packs,
         query_heads=layer.q.shape[1],
         kv_heads=k.shape[0],
@@ -132,16 +132,18 @@ def _measure(layer: LayerTrace, entry: LayerPlan, texts: Sequence[str]) -> tuple
 
 
 def _can_be_tried(layer: LayerTrace) -> bool:
-    """Tell whether attention follows from q, k and v alone, and K can be packed."""
+    """Tell whether attention follows from q, k and v alone, K can be packed, and queries see more than the newest."""
     try:
         check_head_dim(layer.k.shape[-1])
     except UnsupportedFormat:
         return False
-    return layer.causal and layer.k.shape == layer.v.shape
+    sees_packed = layer.window is None or layer.window > PAGE_TOKENS
+    return sees_packed and layer.causal and layer.k.shape == layer.v.shape
 
 
 def _ratio(errors: dict[str, float] | None, without: str, with_it: str) -> float | None:
-    return None if errors is None else errors[without] / max(errors[with_it], 1e-30)
+    """Return a gain; None where nothing was measured, or nothing was lost."""
+    return None if errors is None or not errors[without] * errors[with_it] else errors[without] / errors[with_it]
 
 
 def _heads(layer: LayerTrace) -> list[HeadAnalysis]:

@@ -37,6 +37,7 @@ from occamkv.html import printable
 Fill = Callable[[Axes], None]
 
 _LOW, _ORDINARY = light(1), light(0)
+_MOST_NAMED = 3
 _SHAPES = {"none": "o", "token_scale": "s", "rotation": "^", "rotation+token_scale": "D", "balanced+token_scale": "v"}
 _AROUND = ("#a34a00", "#e08a3c", "#f3efe9", "#6aa5cf", "#08497f")  # low, the median, high
 _MORE = ("#f3efe9", "#c3d3df", "#7fa9c9", "#2f73a8", "#0b3f6f")
@@ -101,9 +102,23 @@ def norms(axes: Axes, layers: Sequence[Layer], *, limits: tuple[float, float]) -
     axes.text(0.985, 0.03, "low norm", transform=axes.transAxes, ha="right", color=_LOW)
     for at, _, ratio in (sink for layer in layers for sink in sink_norms(layer)):
         axes.plot([at], [ratio], "o", color=_LOW if ratio < LOW_NORM else _ORDINARY, ms=5, mew=0, alpha=0.8, zorder=3)
+    _name_exceptions(axes, layers)
     _position_axis(axes, last)
     _ratio_axis(axes, limits)
     axes.set_ylabel("K norm / median of the layer")
+
+
+def _name_exceptions(axes: Axes, layers: Sequence[Layer]) -> None:
+    """Write the number of their layer beside low sinks that are few: the layers are not alike then."""
+    sinks = {layer["index"]: found for layer in layers if (found := sink_norms(layer))}
+    low = {index: [sink for sink in found if sink[2] < LOW_NORM] for index, found in sinks.items()}
+    named = [(index, sink) for index, found in low.items() for sink in found[:1]]
+    if 2 * len(named) > len(sinks) or len(named) > _MOST_NAMED:
+        return
+    for index, (at, _, ratio) in named:
+        axes.annotate(
+            f"layer {index}", (at, ratio), xytext=(7, 0), textcoords="offset points", va="center", color=_LOW, zorder=4
+        )
 
 
 def slopes(axes: Axes, layers: Sequence[Layer], *, limits: tuple[float, float]) -> None:

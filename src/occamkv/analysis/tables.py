@@ -40,6 +40,16 @@ class Shown:
         """The layers that are packed."""
         return [layer for layer in self.layers if layer["packs"]]
 
+    @property
+    def telling(self) -> list[Mapping[str, Any]]:
+        """The layers that the first figures show: those that are packed; all, where none is."""
+        return self.packed or self.layers
+
+    @property
+    def count(self) -> str:
+        """How many layers `telling` are."""
+        return f"{len(self.telling)} {'packed ' if self.packed else ''}layer{'' if len(self.telling) == 1 else 's'}"
+
 
 def visible(token: object) -> str:
     """Return the text of a token in which nothing is invisible: blanks, control characters, direction marks."""
@@ -193,7 +203,8 @@ def _told(advice: Mapping[str, Any]) -> str:
     """Return the method with pins and overrides, and the reason folded below."""
     if not advice.get("method"):
         return ABSENT
-    more = [f"pins {text(advice['pins'])}"] if advice.get("pins", "none") not in ("none", None) else []
+    pins = advice.get("pins") if advice["method"] != "full" else None
+    more = [] if pins is None else ["no pins" if pins == "none" else f"pins {text(pins)}"]
     more += [f"{text(key)} = {text(value)}" for key, value in (advice.get("overrides") or {}).items()]
     named = ", ".join([code(advice["method"]), *more])
     if not advice.get("why"):

@@ -57,7 +57,7 @@ class LayerTrace:
         v: `[B, H, T, D]`.
         reading: Softmax scale, soft cap, learned sink logits.
         window: Sliding window in tokens, None for full attention.
-        hidden: What entered the layer, `[B, T, C]`, if it was asked for.
+        hidden: What entered the layer, `[B, T, C]`, if it was asked for and has this shape.
         received: float32 `[B, Hq, T]`: attention that each token got, summed over the queries that see it and divided
             by their number, if it was asked for.
         rows: float32 `[B, Hq, n, T]`: attention rows of `row_positions`, if they were asked for.
@@ -120,7 +120,11 @@ class Trace:
             UnsupportedInput: There is no such file, it is damaged, no trace, or of another version.
         """
         metadata, tensors = read_tensors(Path(path))
-        header = _read_header(metadata.get(_HEADER, "{}"))
+        if _HEADER not in metadata:
+            raise UnsupportedInput(
+                f"{str(path)!r} holds tensors, and no trace; allowed: what `Trace.save` or `record(spill=...)` wrote."
+            )
+        header = _read_header(metadata[_HEADER])
         _check_tensors(header, tensors)
         layers = [_read_layer(entry, tensors) for entry in header["layers"]]
         return Trace(
@@ -152,7 +156,7 @@ class Selection:
     Args:
         layers: Numbers of layers; default: all that have self-attention.
         positions: Positions in the prompt; default: all. Attention is that of the whole prompt in any case.
-        hidden: Keep what entered each layer.
+        hidden: Keep what entered each layer; left out where that is not one state per token.
         received: Keep the attention that each token got.
         rows: Positions of queries whose attention rows are kept.
     """
@@ -236,12 +240,8 @@ def _layer(call: Call, real: Tensor, chosen: Selection, positions: Sequence[int]
     for name, part in (("Q", call.q), ("K", call.k), ("V", call.v)):
         _refuse_nan(name, part, real, call.layer)
     at = torch.tensor(positions, device=call.q.device)
-    if call.hidden is not None and (call.hidden.dim() != 3 or call.hidden.shape[:2] != real.shape):
-        raise UnsupportedInput(
-            f"what enters layer {call.layer} has shape {list(call.hidden.shape)}; allowed: [B, T, C]. Record it "
-            "without hidden."
-        )
-    hidden = None if call.hidden is None else _kept(call.hidden, at, dim=1)
+    per_token = call.hidden is not None and call.hidden.shape[:-1] == real.shape
+    hidden = _kept(call.hidden, at, dim=1) if call.hidden is not None and per_token else None
     sums = _kept(received.received(call, real), at, dim=2) if chosen.received else None
     row_positions = tuple(sorted(set(chosen.rows)))
     picked = torch.tensor(row_positions, device=at.device)

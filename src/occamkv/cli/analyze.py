@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +13,29 @@ import typer
 
 from occamkv.cli.analyze_tables import show
 from occamkv.cli.shell import check_writable, stages, verb, write_json, write_text
-from occamkv.errors import UnsupportedInput
+from occamkv.errors import NothingQuantized, UnsupportedInput, UnsupportedModel
 from occamkv.methods import DEFAULT_METHOD, method
 
 if TYPE_CHECKING:
+    from occamkv.analysis.trace import Trace
+    from occamkv.cache import Plan
     from occamkv.evals.texts import Text
 
 
 _TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is to be analyzed: a trace, the plan without advice, and where both come from.
+
+    `refused` is the error of a model of which no layer can be packed.
+    """
+
+    trace: Trace
+    plan: Plan
+    refused: NothingQuantized | None
+    about: dict[str, Any]
 
 
 @verb("analyze")
@@ -40,44 +57,40 @@ def analyze_model(
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the advised plan, for `occamkv run --plan`.")] = None,
     html_file: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="A trace instead of a text; of the model, the configuration alone is read.")
+    ] = None,
+    save_trace: Annotated[Path | None, typer.Option(help="Write what attention saw, for --trace.")] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(help="Also show what --json wrote of another run; may be given again.")
     ] = None,
 ) -> None:
     """Tell where a model's attention sinks are, what its keys look like, and what a packed cache should do about it."""
     from occamkv.analysis.measure import analyze
-    from occamkv.analysis.trace import Selection, record
-    from occamkv.cache import Plan
     from occamkv.cli.conditions import conditions
-    from occamkv.cli.models import load
-    from occamkv.evals.texts import read_text
-    from occamkv.integrations.transformers import plan_for
 
-    for path in (json_file, html_file, None if plan is None else str(plan)):
+    check_writable(json_file, stdout=True)
+    for path in (html_file, plan, save_trace):
         check_writable(path)
-    others = _others(compare or [], html_file)
-    base, wanted = _method(method_name), _numbers(layers)
-    read = read_text(text)
-    loaded, tokenizer = load(model, device=device, dtype=dtype)
-    before = plan_for(loaded.config, base)
-    ids, bos = _ids(read, tokenizer, _count(loaded, tokens))
+    others, base = _others(compare or [], html_file), _method(method_name)
     with stages() as advance:
-        advance("reading the text", 0, 1)
-        keep = Selection(layers=wanted, hidden=True, received=True)
-        trace = record(loaded, ids, selection=keep, tokenizer=tokenizer)
-        advance("reading the text", 1, 1)
-        found = analyze(trace, before, progress=partial(advance, "measuring layers"))
+        if trace is not None:
+            _alone(text=text, tokens=tokens, layers=layers, save_trace=save_trace)
+            seen = _from_trace(model, trace, base)
+        else:
+            read = partial(_from_text, model, text, base, tokens=tokens, layers=_numbers(layers), spill=save_trace)
+            seen = read(device=device, dtype=dtype, progress=partial(advance, "reading the text"))
+        found = analyze(seen.trace, seen.plan, progress=partial(advance, "measuring layers"))
     result = {
         "schema_version": 1,
         "kind": "analysis",
         **conditions(device),
         "model": model,
-        "text": {"name": read.name, "sha256": read.sha256},
-        "bos": bos,
+        **seen.about,
         **found.to_json(),
     }
-    if plan is not None:
-        Plan.save(found.plan, plan)
+    if plan is not None and seen.refused is None:
+        write_json(found.plan.to_json(), plan)
     if json_file is not None:
         write_json(result, json_file)
     if html_file is not None:
@@ -86,6 +99,74 @@ def analyze_model(
         write_text(page([result, *others]), html_file)
     if json_file != "-":
         show(result)
+    if seen.refused is not None:
+        raise seen.refused
+
+
+def _from_text(
+    model: str,
+    text: Path | None,
+    base: Any,
+    *,
+    tokens: int | None,
+    layers: list[int] | None,
+    spill: Path | None,
+    device: str,
+    dtype: str,
+    progress: Any,
+) -> _Seen:
+    """Let the model read a text, and record what its attention sees."""
+    from occamkv.analysis.trace import Selection, record
+    from occamkv.cli.models import check_tokens, load
+    from occamkv.evals.texts import read_text
+
+    read = read_text(text)
+    loaded, tokenizer = load(model, device=device, dtype=dtype)
+    plan, refused = _plan(loaded.config, base)
+    ids, bos = _ids(read, tokenizer, _count(loaded, tokens))
+    check_tokens(loaded, ids)
+    progress(0, 1)
+    keep = Selection(layers=layers, hidden=True, received=True)
+    try:
+        trace = record(loaded, ids, selection=keep, tokenizer=tokenizer, spill=spill)
+    except UnsupportedModel as error:
+        raise refused or error from error
+    progress(1, 1)
+    return _Seen(trace, plan, refused, {"text": {"name": read.name, "sha256": read.sha256}, "bos": bos})
+
+
+def _from_trace(model: str, file: Path, base: Any) -> _Seen:
+    """Read a trace; its model's configuration says what can be packed, its weights are not needed."""
+    from occamkv.analysis.trace import Trace
+    from occamkv.cli.models import config_of
+
+    trace = Trace.load(file)
+    config, _ = config_of(model)
+    trace.check_model(config)
+    ids = json.dumps(trace.ids[0].tolist(), separators=(",", ":"))
+    told = f"The trace begins with {trace.texts[0]!r}." if trace.texts else ""
+    about = {
+        "text": {"name": file.name, "sha256": sha256(ids.encode()).hexdigest()},
+        "bos": {"added": None, "token": None, "told": told},
+    }
+    return _Seen(trace, *_plan(config, base), about)
+
+
+def _plan(config: Any, base: Any) -> tuple[Plan, NothingQuantized | None]:
+    """Return the plan without advice; where nothing can be packed that of `full`, and the error."""
+    from occamkv.integrations.transformers import plan_for
+
+    try:
+        return plan_for(config, base), None
+    except NothingQuantized as error:
+        return plan_for(config, "full"), error
+
+
+def _alone(**given: Any) -> None:
+    """Refuse options that a trace has decided already."""
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if named:
+        raise UnsupportedInput(f"{', '.join(named)} and --trace were given; a trace is read as it is. Leave one out.")
 
 
 def _method(name: str) -> Any:

@@ -120,8 +120,8 @@ class _Report:
     def __init__(self, kind: str, json_file: str | None, plot_file: str | None) -> None:
         from occamkv.cli.conditions import load_average
 
-        for path in (json_file, plot_file):
-            check_writable(path)
+        check_writable(json_file, stdout=True)
+        check_writable(plot_file)
         if plot_file is not None:
             _need_plots(plot_file)
         self.kind, self.json_file, self.plot_file = kind, json_file, plot_file

@@ -20,6 +20,8 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
 
     program = Path(sys.argv[0])
     command = [program.name] if program.suffix != ".py" else ["python", os.path.relpath(program)]
+    if sys.argv[0] in ("", "-c"):  # called from Python: the command that does the same
+        command = ["occamkv"]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join([*command, *sys.argv[1:]]),

@@ -71,8 +71,8 @@ def evaluate_model(
     from occamkv.evals.texts import read_text
     from occamkv.evals.texts import windows as windows_of
 
-    for path in (json_file, html_file):
-        check_writable(path)
+    check_writable(json_file, stdout=True)
+    check_writable(html_file)
     if html_file is not None:
         from occamkv.drawing import need_matplotlib
         from occamkv.evals.report import html
@@ -134,7 +134,7 @@ def _wish(quality: str | None, chosen: list[Method], save_plan: Path | None) -> 
 
     if sum(one.budget is not None for one in chosen) != 1:
         raise UnsupportedInput("--quality sets the budget of method auto; give --method auto, once.")
-    check_writable(None if save_plan is None else str(save_plan))
+    check_writable(save_plan)
     return wanted_share(quality)
 
 
@@ -149,7 +149,7 @@ def _tuned(
     setting = smallest_budget(model, ids, chosen[index], share, score_from=score_from, progress=bar)
     err.print(f"budget {setting.budget}: {100 * setting.same_top:.1f} % same top on the first window", highlight=False)
     if save_plan is not None:
-        setting.plan.save(save_plan)
+        write_json(setting.plan.to_json(), save_plan)
     return [one if i != index else one.with_overrides(budget=setting.budget) for i, one in enumerate(chosen)]
 
 

@@ -22,7 +22,7 @@ from occamkv import __version__
 from occamkv.cache import CacheReport, Plan
 from occamkv.cli import models
 from occamkv.cli.conditions import conditions
-from occamkv.errors import NothingQuantized, UnsupportedInput, UnsupportedModel
+from occamkv.errors import NothingQuantized, UnsupportedInput
 from occamkv.evals import Fidelity
 from occamkv.evals.receipt import SecondPass, receipt, second_pass
 from occamkv.formats import PAGE_TOKENS
@@ -244,7 +244,10 @@ def _full_speed(
 ) -> Speed | None:
     """Return the speed of the same generation with transformers' own cache and SDPA; None where it has no SDPA."""
     task = progress.add_task("the same with the full cache", total=1)
-    before = use_attention(model, "sdpa")
+    try:
+        before = use_attention(model, "sdpa")
+    except ValueError:  # transformers says so of models with learned sinks, for example
+        before = None
     if before is None:
         return None
     try:
@@ -278,12 +281,7 @@ def _tokenize(settings: Settings, tokenizer: Any) -> Tensor:
 def _check_model(model: PreTrainedModel, ids: Tensor) -> None:
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise NothingQuantized(f"this {model.config.model_type} has no KV cache. Use it without occamkv.")
-    embeddings: Any = model.get_input_embeddings()
-    known: int = embeddings.weight.shape[0]
-    if int(ids.max()) >= known:
-        raise UnsupportedModel(
-            f"the tokenizer made token {int(ids.max())}, the model knows {known}. Use the model's own tokenizer."
-        )
+    models.check_tokens(model, ids)
 
 
 def _check_length(model: nn.Module, tokens: int) -> None:

@@ -120,6 +120,24 @@ def _check_gguf(path: Path) -> None:
         )
 
 
+def config_of(name: str) -> tuple[Any, list[str]]:
+    """Return the configuration of a model, or of a config.json, and what was assumed; no weights are read.
+
+    Raises:
+        UnsupportedInput: There is no such file, or it lacks what nothing can be said without.
+        UnsupportedModel: There is no such model, or transformers cannot read its configuration.
+    """
+    from occamkv.integrations.transformers.configuration import read_config
+
+    path = Path(name).expanduser()
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise UnsupportedInput(f"there is no file {name!r}; allowed: a config.json, or the name of a model.")
+        return read_config(path)
+    found = find(name)
+    return read_config(found.where, **found.options)
+
+
 def load(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
     """Load model and tokenizer.
 
@@ -160,9 +178,18 @@ def load(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, A
     return model.to(where).eval(), tokenizer
 
 
+def check_tokens(model: Any, ids: Any) -> None:
+    """Raise `UnsupportedModel` if a tokenizer made tokens, `[1, T]`, that the model does not know."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if ids.numel() and int(ids.max()) >= known:
+        raise UnsupportedModel(
+            f"the tokenizer made token {int(ids.max())}, the model knows {known}. Use the model's own tokenizer."
+        )
+
+
 def _not_loaded(name: str, source: Source, error: Exception) -> str:
     """Say why transformers could not load a model, in one line, and what to do."""
-    told = " ".join(str(error).split())[:300] or type(error).__name__
+    told = " ".join(str(error).split()).partition(" Model type should be one of")[0][:300] or type(error).__name__
     if not Path(source.where).exists():
         return f"transformers cannot load {name!r}: {told} Run: hf download {name}"
     return (

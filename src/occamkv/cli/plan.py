@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from occamkv.cli.shell import EXIT_NOTHING_QUANTIZED, check_writable, err, fail, out, verb, write_json
+from occamkv.cli.shell import EXIT_NOTHING_QUANTIZED, check_writable, err, fail, verb, write_json
 from occamkv.errors import NothingQuantized, UnsupportedInput
 from occamkv.methods import method
 
@@ -65,7 +65,8 @@ def plan(
     from occamkv.planning.result import compare
     from occamkv.planning.units import tokens_of
 
-    for path in (json_file, plot_file, plan_file):
+    check_writable(json_file, stdout=True)
+    for path in (plot_file, plan_file):
         check_writable(path)
     if plot_file is not None:
         _check_plot(plot_file)
@@ -127,18 +128,10 @@ def _room_reader(memory: str | None, weights: str | None, bits: int | None, rese
 
 def _read(model: str, dtype: str) -> tuple[Any, ModelSizes, list[str]]:
     """Return configuration and sizes of a model, and what was assumed about it."""
-    from occamkv.cli.models import find
-    from occamkv.integrations.transformers.configuration import read_config
+    from occamkv.cli.models import config_of
     from occamkv.integrations.transformers.sizes import read_sizes
 
-    path = Path(model).expanduser()
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise UnsupportedInput(f"there is no file {model!r}.")
-        config, notes = read_config(path)
-    else:
-        found = find(model)
-        config, notes = read_config(found.where, **found.options)
+    config, notes = config_of(model)
     return config, read_sizes(config, dtype=dtype), notes
 
 
@@ -212,5 +205,5 @@ def _write_plan(path: str | None, result: dict[str, Any], plans: dict[str, Plan]
     if name is None:
         err.print(f"no plan was written to {path}: nothing fits, or nothing can be packed", markup=False)
         return
-    plans[name].save(path)
-    out.print(f"plan of {name} written to {path}; `occamkv run --plan` takes it", markup=False, highlight=False)
+    write_json(plans[name].to_json(), path)
+    err.print(f"plan of {name} written to {path}; `occamkv run --plan` takes it", markup=False, highlight=False)

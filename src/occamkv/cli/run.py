@@ -69,16 +69,20 @@ def run(
     from occamkv.cache import Plan
     from occamkv.cli.generate import Settings, generate
 
-    for path in (json_file, receipt_file, receipt_page):
+    check_writable(json_file, stdout=True)
+    for path in (receipt_file, receipt_page):
         check_writable(path)
-    if "-" in (receipt_file, receipt_page):
-        raise UnsupportedInput("a receipt goes to a file, not to stdout; stdout takes --json -.")
     receipt = receipt_file is not None or receipt_page is not None
     if plan is not None and (method_name, bits, pins, window) != (None,) * 4:
         raise UnsupportedInput(
             "give either --plan FILE or --method, --bits, --pins, --window; a plan says all that for each layer."
         )
     chosen = named(method_name or DEFAULT_METHOD, budget=bits, pins=pins, window=window)
+    if window is not None and (receipt or verify_fraction is not None or verify_layers is not None):
+        raise UnsupportedInput(
+            "--window forgets tokens, so full precision is no measure of it. Leave out --window, or --receipt, "
+            "--receipt-html and --verify-..."
+        )
     text = _prompt(prompt, prompt_file)
     loaded_plan = None if plan is None else Plan.load(plan)
     settings = Settings(
@@ -176,7 +180,7 @@ def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("bits per value", f"{cache['bits_per_value']:.2f} packed, {cache['bits_with_residual']:.2f} with residual"),
         ("cache, computed", f"{_mib(cache['computed_bytes'])} (full precision {_mib(cache['computed_full_bytes'])})"),
         ("cache, measured", f"{_mib(cache['measured_bytes'])} held by its tensors"),
-        ("process memory", f"{_mib(data['rss_growth_bytes'])} more after generating than before"),
+        ("process memory", _growth(data["rss_growth_bytes"])),
         ("backend", data["backend"] or "none"),
         ("layers", f"{cache['packed_layers']} packed, {cache['full_layers']} not (reasons below)"),
     ]
@@ -200,6 +204,12 @@ def _speed(data: dict[str, Any], what: str, form: str) -> str:
         return "one token only"
     beside = "" if full is None or full[key] is None else f" (full cache with SDPA {full[key]:{form}})"
     return f"{data[key]:{form}} tokens/s{beside}"
+
+
+def _growth(nbytes: int | None) -> str:
+    if nbytes is None:
+        return _mib(None)
+    return f"{_mib(abs(nbytes))} {'more' if nbytes >= 0 else 'less'} after generating than before"
 
 
 def _mib(nbytes: float | None) -> str:

@@ -62,17 +62,23 @@ def fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def check_writable(path: str | None) -> None:
-    """Leave with an error unless a report can be written there, before any work is done for it."""
-    if path is None or path == "-":
+def check_writable(path: str | Path | None, *, stdout: bool = False) -> None:
+    """Leave with an error unless a report can be written there, before any work is done for it.
+
+    Args:
+        path: Where; None if nothing is to be written.
+        stdout: Whether `-` stands for stdout, as it does for JSON. For all else it is refused.
+    """
+    if path is None or (stdout and path == "-"):
         return
     target = Path(path)
     writable = os.access(target if target.exists() else target.parent, os.W_OK)
-    if target.is_dir() or not target.parent.is_dir() or not writable:
-        fail(f"cannot write {path!r}; allowed: a file in a folder that exists, or - for stdout.", EXIT_BAD_INPUT)
+    if str(path) == "-" or target.is_dir() or not target.parent.is_dir() or not writable:
+        more = ", or - for stdout" if stdout else "; stdout takes JSON alone (--json -)" if str(path) == "-" else ""
+        fail(f"cannot write {str(path)!r}; allowed: a file in a folder that exists{more}.", EXIT_BAD_INPUT)
 
 
-def write_json(data: dict[str, Any], path: str) -> None:
+def write_json(data: dict[str, Any], path: str | Path) -> None:
     """Write a report to a file, or to stdout for `-`."""
     text = json.dumps(data, indent=1) + "\n"
     if path == "-":
@@ -81,12 +87,12 @@ def write_json(data: dict[str, Any], path: str) -> None:
     write_text(text, path)
 
 
-def write_text(text: str, path: str) -> None:
+def write_text(text: str, path: str | Path) -> None:
     """Write a file; leave with an error if that fails."""
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        fail(f"cannot write {path!r}: {error.strerror}", EXIT_BAD_INPUT)
+        fail(f"cannot write {str(path)!r}: {error.strerror}", EXIT_BAD_INPUT)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from occamkv.errors import UnsupportedInput
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]i?b?|b)", re.IGNORECASE)
 _TOKENS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[km]?)", re.IGNORECASE)
 _POWERS = "kmgt"
+_MOST_TOKENS = 2**30
 
 
 def bytes_of(text: str, *, name: str) -> int:
@@ -40,9 +41,10 @@ def tokens_of(text: str, *, name: str) -> int:
     found = _TOKENS.fullmatch(text.strip())
     factor = 1 if found is None else {"": 1, "k": 2**10, "m": 2**20}[found["unit"].lower()]
     tokens = 0.0 if found is None else float(found["number"]) * factor
-    if tokens < 1 or tokens != int(tokens):
+    if not 1 <= tokens <= _MOST_TOKENS or tokens != int(tokens):
         raise UnsupportedInput(
-            f"{name} is {text!r}; allowed: a whole number of tokens, for example 131072 or 128k (k is 1024)."
+            f"{name} is {text!r}; allowed: a whole number of tokens up to {tokens_text(_MOST_TOKENS)}, "
+            "for example 131072 or 128k (k is 1024)."
         )
     return int(tokens)
 

@@ -126,6 +126,11 @@ def make_plan(config: Any, method: Method | str, plan: Plan | str | Path | None)
 
 def report_of(cache: Cache, plan: Plan, *, verify: bool = False) -> CacheReport:
     """Report on any transformers cache with packed layers, as `PackedCache.report` does."""
+    if not isinstance(verify, bool):
+        raise UnsupportedInput(
+            f"verify is {verify!r}; allowed: True or False. The error of the whole model's logits takes a second pass "
+            "over the prompt: receipt(model, ids, cache) of occamkv.evals.receipt."
+        )
     rows = []
     for entry, layer in zip(plan.layers, cache.layers, strict=True):
         if isinstance(layer, PackedLayer):
