@@ -98,8 +98,9 @@ def test_bytes_stay_and_are_those_of_the_formula(name):
         if tokens > 1000:
             seen.add(size)
     assert max(seen) <= min(seen) + form.format.page_bytes(kv_heads=HEADS, head_dim=DIM)
-    moved = 0 if stream.cache.store._moved is None else stream.cache.store._moved[1].nbytes
-    assert held_bytes(stream.cache) <= max(seen) + moved + 4096
+    stream.put(1)
+    stream.cache.attend(torch.randn(1, 2 * HEADS, 1, DIM))
+    assert held_bytes(stream.cache) <= max(seen) + 4096, "pins are moved for a step and not held twice"
     without = method(str(form).rstrip("+")).nbytes(1900, kv_heads=HEADS, head_dim=DIM, dtype_bytes=4)
     assert min(seen) < 0.6 * without, "twin: without a window it would be much more"
 
@@ -167,6 +168,26 @@ def test_moving_again_and_again_rounds_once():
     exact = ROTARY.turn(stream.plain[:, :, :4], torch.arange(first - 4, first))
     assert shown.positions.tolist() == [list(range(first - 4, first))]
     assert (k - exact).norm() / exact.norm() < 0.02
+
+
+def test_a_pin_that_was_cropped_and_came_again_is_the_new_one():
+    """It stands in the window, at the same place as before, beside one that was moved."""
+    outs = []
+    for crops in (False, True):
+        stream = Stream(method("oscar", window=256, pins="at:0,700"))
+        stream.put(690)
+        stream.cache.commit()
+        if crops:
+            other = 3 * torch.randn(1, HEADS, 21, DIM, generator=torch.Generator().manual_seed(7))
+            stream.cache.update(other[:, :, :20], other[:, :, :20])
+            stream.cache.update(other[:, :, 20:], other[:, :, 20:])
+            stream.cache.attend(torch.randn(1, 2 * HEADS, 1, DIM))
+            stream.cache.remove(21)
+        stream.put(20)
+        q = torch.randn(1, 2 * HEADS, 1, DIM, generator=torch.Generator().manual_seed(8))
+        outs.append(stream.attend(1, q))
+        assert stream.cache.store.rows[0].dropped and stream.cache.store.rows[0].pins == [0, 700]
+    assert torch.equal(*outs)
 
 
 def test_sequences_of_different_lengths_slide_on_their_own():

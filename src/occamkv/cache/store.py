@@ -54,7 +54,6 @@ class Store:
         self.method, self.backend_name, self.min_tokens = method, backend, min_tokens
         self.feedback = feedback
         self.move: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-        self._moved: tuple[list[list[int]], Tensor] | None = None
         self.format = method.packed_format
         self.rows = [Row() for _ in range(batch)]
         self.pool = PagePool(format=self.format, kv_heads=heads, head_dim=head_dim, device=device)
@@ -288,10 +287,8 @@ class Store:
         if not any(row.dropped for row in self.rows) or self.move is None:
             return pins.pinned_tokens(self.pin_k, self.pin_v, old)
         new = [pins.standing(row.pins, pins.position(row.dropped, row.pins)) for row in self.rows]
-        if self._moved is None or self._moved[0] != new:
-            at = (pins.pinned_tokens(self.pin_k, self.pin_v, where).positions for where in (old, new))
-            self._moved = new, self.move(self.pin_k, *at)
-        return pins.pinned_tokens(self._moved[1], self.pin_v, new)
+        at, to = (pins.pinned_tokens(self.pin_k, self.pin_v, where) for where in (old, new))
+        return replace(to, k=self.move(self.pin_k, at.positions, to.positions))
 
     def full_tokens(self, *, pin_bias: Tensor | None = None) -> list[FullTokens]:
         """Describe pins and residual to a backend; `pin_bias`, `[Hq]`, is added to the logits of pins."""
@@ -351,7 +348,6 @@ class Store:
         self.rows = [copy.copy(old[index]) for index in rows]
         for row in self.rows:
             row.pages, row.pins = list(row.pages), list(row.pins)
-        self._moved = None
         chosen = torch.tensor(rows, dtype=torch.int64, device=self.pool.device)
         self.residual_k, self.residual_v, self.pin_k, self.pin_v = (
             x.index_select(0, chosen) for x in (self.residual_k, self.residual_v, self.pin_k, self.pin_v)
