@@ -22,18 +22,20 @@ class Rotary:
         frequencies: float64 `[P]`, radians per position.
         first: int64 `[P]`, first channel of each pair.
         second: int64 `[P]`, second channel; channels in no pair are not turned.
+        scale: What keys are multiplied by besides (YaRN, arXiv:2309.00071); `turn` leaves it out, for K has it already.
     """
 
     frequencies: Tensor
     first: Tensor
     second: Tensor
+    scale: float = 1.0
 
     @staticmethod
-    def of(frequencies: Tensor, *, interleaved: bool = False) -> "Rotary":
+    def of(frequencies: Tensor, *, interleaved: bool = False, scale: float = 1.0) -> "Rotary":
         """Return the usual layouts of P pairs: channels (i, i + P), or (2 i, 2 i + 1) when `interleaved`."""
         pairs = torch.arange(len(frequencies))
         first, second = (2 * pairs, 2 * pairs + 1) if interleaved else (pairs, pairs + len(frequencies))
-        return Rotary(frequencies.double().cpu(), first, second)
+        return Rotary(frequencies.double().cpu(), first, second, scale)
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn vectors forward by their positions (backward by negative ones).

@@ -40,15 +40,20 @@ class _Collector:
             return
         k = cache.waiting[0].float()
         if not self.calls and self.bias is not None:
-            at = torch.arange(k.shape[2], device=k.device)[None]
-            clean = variance_in_groups((k - self.bias.rows(at))[:, :, FIRST_TOKENS:])
-            self.bias = worth_removing(self.bias, clean.cpu(), tokens=VARIANCE_TOKENS)
-            k = k if self.bias is None else k - self.bias.rows(at)
-            self.variance = variance_in_groups(k[:, :, FIRST_TOKENS:])
-        elif self.bias is None:
-            self.variance = variance_in_groups(k[:, :, FIRST_TOKENS:])
+            self.bias = self._part_worth_removing(self.bias, k)
+        clean = k if self.bias is None else k - self._rows(self.bias, k)
+        self.variance = variance_in_groups(clean[:, :, FIRST_TOKENS:])
         self.calls += 1
         self.moment = self.moment + query_moment(q[:, :, FIRST_TOKENS:], kv_heads=k.shape[1])
+
+    @staticmethod
+    def _rows(bias: KeyBias, k: Tensor) -> Tensor:
+        return bias.rows(torch.arange(k.shape[2], device=k.device)[None])
+
+    def _part_worth_removing(self, bias: KeyBias, k: Tensor) -> KeyBias | None:
+        """Return what of a bias should be taken out of K; None also if K does not hold it (a norm came after it)."""
+        raw, clean = (variance_in_groups(x[:, :, FIRST_TOKENS:]).cpu() for x in (k, k - self._rows(bias, k)))
+        return worth_removing(bias, clean, tokens=VARIANCE_TOKENS) if clean.sum() < raw.sum() else None
 
     def statistics(self) -> Statistics:
         moment = self.moment / self.calls

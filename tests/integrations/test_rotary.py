@@ -1,0 +1,99 @@
+"""How a model embeds positions, told from its keys: the pairs and frequencies, and what of a key bias is in K."""
+
+import pytest
+import torch
+from torch import nn
+
+from integrations.architectures import TINY
+from integrations.steps import words
+from integrations.tiny import Tiny
+from occamkv import PackedCache
+from occamkv.errors import UnsupportedInput
+from occamkv.integrations.transformers.rotary import key_biases, model_rotaries
+from occamkv.integrations.transformers.statistics import model_statistics
+from occamkv.methods import method
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def plant(model: nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        if name.endswith("k_proj.bias"):
+            weight.data[::13] = 300.0
+
+
+BIASED = {
+    "qwen2": Tiny("Qwen2Config", "Qwen2ForCausalLM", change=plant),
+    "qwen2 with yarn": Tiny("Qwen2Config", "Qwen2ForCausalLM", {"rope_parameters": YARN}, change=plant),
+    "gpt_oss, which has yarn": Tiny(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+        change=plant,
+    ),
+}
+UNKNOWN = {
+    "frequencies that change with the length": Tiny("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": DYNAMIC}),
+    "no rotary embedding": TINY["bart, an encoder and a decoder"],
+}
+LAYOUTS = {
+    "halves": (TINY["llama"], {0: (16, 0, 16), 1: (16, 0, 16)}),
+    "neighbours": (
+        Tiny("CohereConfig", "CohereForCausalLM", drop=("head_dim",), layers=2),
+        {0: (8, 0, 1), 1: (8, 0, 1)},
+    ),
+    "a quarter of the channels": (TINY["qwen3_next with linear layers"], {0: (4, 0, 4)}),
+    "one layer without": (
+        Tiny("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, drop=("head_dim",)),
+        {0: (8, 0, 8), 1: (0, None, None)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pairs_are_those_that_the_model_turns(name):
+    tiny, expected = LAYOUTS[name]
+    found = {
+        index: (len(one.frequencies), *((int(one.first[0]), int(one.second[0])) if len(one.first) else (None, None)))
+        for index, one in model_rotaries(tiny.build()).items()
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_cannot_be_told_is_not_guessed(name):
+    model = UNKNOWN[name].build()
+    assert model_rotaries(model) == {}
+    with pytest.raises(UnsupportedInput, match="how this model embeds positions is not known"):
+        PackedCache(model, method("oscar", window=256, pins="first:4"))
+    PackedCache(model, method("oscar", window=256, pins="none"))
+
+
+def keys_of(model: nn.Module) -> list[torch.Tensor]:
+    """K of each layer as transformers' own cache keeps it."""
+    with torch.no_grad():
+        return [layer.keys[0] for layer in model(words(260)[None], use_cache=True).past_key_values.layers]
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_key_bias_is_found_as_k_holds_it(name):
+    """Without it K is what the same model without a bias makes."""
+    made, bare = BIASED[name].build(), BIASED[name].build()
+    for key, weight in bare.named_parameters():
+        if key.endswith("k_proj.bias"):
+            weight.data.zero_()
+    found = key_biases(made)
+    assert sorted(found) == [0, 1] and not key_biases(bare)
+    biased, plain = keys_of(made)[0], keys_of(bare)[0]  # of layer 0: no attention comes before it
+    left = biased - found[0].rows(torch.arange(260)[None])[0]
+    assert (left - plain).norm() < 1e-3 * plain.norm()
+    assert (biased - plain).norm() > 10 * plain.norm()
+    assert all(one.key_bias is not None for one in model_statistics(made).values())
+
+
+def test_a_bias_that_a_norm_has_changed_stays():
+    tiny = Tiny("Qwen3Config", "Qwen3ForCausalLM", {"attention_bias": True}, change=plant)
+    model = tiny.build()
+    assert sorted(key_biases(model)) == [0, 1]
+    assert [one.key_bias for one in model_statistics(model).values()] == [None, None]
