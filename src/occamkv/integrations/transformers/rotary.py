@@ -51,24 +51,31 @@ def model_rotaries(model: nn.Module) -> dict[int, Rotary]:
 
 
 def key_biases(model: nn.Module) -> dict[int, KeyBias]:
-    """Return what each layer adds to all keys of a head, with all pairs of channels, where it is not zero.
+    """Return what each layer adds to all keys of a head, all channels in pairs, where it is not zero.
 
     It is read from `k_proj.bias`; whether it is in K as it stands there, after norms and the like, is for the caller to
     see.
     """
-    vectors, head_dim = {}, {}
+    vectors = dict[int, Tensor]()
     for index, module in attention_modules(decoders(model)[-1]):
-        bias = getattr(getattr(module, "k_proj", None), "bias", None)
-        if bias is not None and bool(bias.any()):
-            vectors[index], head_dim[index] = bias.detach().float().cpu(), getattr(module, "head_dim", None)
-    if not vectors:
-        return {}
-    rotaries = model_rotaries(model)
+        bias, head_dim = getattr(getattr(module, "k_proj", None), "bias", None), getattr(module, "head_dim", None)
+        if bias is not None and head_dim and bool(bias.any()):
+            vectors[index] = bias.detach().float().cpu().unflatten(0, (-1, head_dim))
+    rotaries = model_rotaries(model) if vectors else {}
     return {
-        index: KeyBias(rotaries[index], rotaries[index].scale * vector.unflatten(0, (-1, head_dim[index])))
+        index: KeyBias(_every_channel(rotaries[index], vector.shape[1]), rotaries[index].scale * vector)
         for index, vector in vectors.items()
-        if index in rotaries and head_dim[index]
+        if index in rotaries
     }
+
+
+def _every_channel(rotary: Rotary, head_dim: int) -> Rotary:
+    """Return the embedding with the channels that it does not turn as pairs of frequency 0."""
+    turned = set(torch.cat((rotary.first, rotary.second)).tolist())
+    idle = torch.tensor([channel for channel in range(head_dim) if channel not in turned], dtype=torch.int64)
+    first, second = idle[: len(idle) // 2 * 2].unflatten(0, (-1, 2)).unbind(1)
+    frequencies = torch.cat((rotary.frequencies, torch.zeros(len(first), dtype=torch.float64)))
+    return Rotary(frequencies, torch.cat((rotary.first, first)), torch.cat((rotary.second, second)), rotary.scale)
 
 
 def _recognized(model: nn.Module) -> dict[int, Rotary]:

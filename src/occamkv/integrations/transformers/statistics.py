@@ -38,26 +38,28 @@ class _Collector:
     def __call__(self, q: Tensor, cache: LayerCache, _reading: Reading) -> None:
         if cache.waiting is None:  # not the first step
             return
-        k = cache.waiting[0].float()
+        k = cache.waiting[0][:, :, FIRST_TOKENS:].float()
         if not self.calls and self.bias is not None:
-            self.bias = self._part_worth_removing(self.bias, k)
-        clean = k if self.bias is None else k - self._rows(self.bias, k)
-        self.variance = variance_in_groups(clean[:, :, FIRST_TOKENS:])
+            self.bias = _worth_removing(self.bias, k)
+        self.variance = variance_in_groups(k if self.bias is None else k - _rows(self.bias, k))
         self.calls += 1
         self.moment = self.moment + query_moment(q[:, :, FIRST_TOKENS:], kv_heads=k.shape[1])
-
-    @staticmethod
-    def _rows(bias: KeyBias, k: Tensor) -> Tensor:
-        return bias.rows(torch.arange(k.shape[2], device=k.device)[None])
-
-    def _part_worth_removing(self, bias: KeyBias, k: Tensor) -> KeyBias | None:
-        """Return what of a bias should be taken out of K; None also if K does not hold it (a norm came after it)."""
-        raw, clean = (variance_in_groups(x[:, :, FIRST_TOKENS:]).cpu() for x in (k, k - self._rows(bias, k)))
-        return worth_removing(bias, clean, tokens=VARIANCE_TOKENS) if clean.sum() < raw.sum() else None
 
     def statistics(self) -> Statistics:
         moment = self.moment / self.calls
         return Statistics(balance_vector(moment.diagonal(dim1=1, dim2=2), self.variance), moment, self.bias)
+
+
+def _worth_removing(bias: KeyBias, k: Tensor) -> KeyBias | None:
+    """Return what of a bias should be taken out of K; None also if K does not hold it (a norm came after it)."""
+    clean = k - _rows(bias, k)
+    held = bool(clean.square().sum() < k.square().sum())
+    return worth_removing(bias, variance_in_groups(clean).cpu(), tokens=VARIANCE_TOKENS) if held else None
+
+
+def _rows(bias: KeyBias, k: Tensor) -> Tensor:
+    """Return what keys behind the first tokens hold of a bias."""
+    return bias.rows(torch.arange(FIRST_TOKENS, FIRST_TOKENS + k.shape[2], device=k.device)[None])
 
 
 def statistics_for(model: Any, plan: Plan, balance: Mapping[int, Tensor] | None) -> tuple[Plan, dict[int, Statistics]]:
