@@ -9,6 +9,7 @@ from torch import Tensor
 from attention_truth import attention
 from cache_mirror import Mirror, held_bytes
 from occamkv.cache import LayerCache
+from occamkv.cache.masks import read_mask
 from occamkv.cache.pins import standing
 from occamkv.errors import UnsupportedFormat, UnsupportedInput
 from occamkv.kernels import cpu
@@ -59,12 +60,12 @@ class Stream:
         stream = [t for t in range(self.at) if t not in row.pins]
         return row.pins, stream[row.dropped]
 
-    def truth(self, q: Tensor) -> Tensor:
+    def truth(self, q: Tensor, *, without: tuple[int, ...] = ()) -> Tensor:
         """Attention in float64 over pins at their new places and everything behind the dropped tokens."""
         pins, first = self.kept()
         passed = [p for p in pins if p < first]
         places = {p: first - len(passed) + i for i, p in enumerate(passed)}
-        where = passed + list(range(first, self.at))
+        where = [t for t in (*passed, *range(first, self.at)) if t not in without]
         at = torch.tensor([places.get(t, t) for t in where])
         k = ROTARY.turn(self.plain[:, :, where], at).double()
         now = torch.arange(self.at - q.shape[2], self.at)[None]
@@ -153,6 +154,24 @@ def test_where_pins_stand():
     assert standing([0, 1, 2, 3], 132) == [128, 129, 130, 131]
     assert standing([0, 50, 400], 300) == [298, 299, 400]
     assert standing([], 300) == []
+
+
+@pytest.mark.parametrize("hidden", [0, 2, 700, 1250], ids=["a pin", "another", "a dropped token", "a held token"])
+def test_a_mask_hides_the_token_that_it_names_wherever_pins_stand(hidden):
+    stream = Stream(FORMS["4 bits"])
+    stream.put(1300)
+    stream.cache.commit()
+    stream.put(1)
+    pins, first = stream.kept()
+    assert pins == [0, 1, 2, 3] and 700 < first <= 1250
+    mask = torch.ones(1, 1, 1, 1301).bool()
+    mask[..., hidden] = False
+    seen = read_mask(mask, before=None, new=1, batch=1)
+    q = ROTARY.turn(stream.plain[:, :, :1], torch.tensor([first - 4])).repeat_interleave(2, 1)  # looks at the first pin
+    gone, stay = stream.truth(q, without=(hidden,)), stream.truth(q)
+    out = stream.cache.attend(q, seen=seen)
+    assert (out - gone).norm() / gone.norm() < 0.12
+    assert ((gone - stay).norm() / stay.norm() > 0.3) == (hidden == 0)
 
 
 def test_moving_again_and_again_rounds_once():

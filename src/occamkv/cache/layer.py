@@ -195,7 +195,7 @@ class LayerCache:
             packed=store.packed_tokens(),
             full=full,
             scale=scale,
-            mask=None if seen is None else seen.mask,
+            mask=None if seen is None else store.mask_of(seen.mask),
             window=window,
             softcap=softcap,
             sinks=sinks,
