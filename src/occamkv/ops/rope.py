@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from occamkv.ops.balance import VARIANCE_TOKENS, variance_in_groups
+
 # How much of a key bias may be left, in units of what K varies without it within groups, all channels together:
 _SPREAD = 0.1  # variance within groups that it adds
 _OFFSET = 16.0  # its square; from 64 on 8-bit minimums cannot reach so far without wider steps
@@ -105,3 +107,18 @@ def worth_removing(bias: KeyBias, variance: Tensor, *, tokens: int) -> KeyBias |
     for channels in (part.first, part.second):
         vector[:, channels] = bias.vector[:, channels]
     return KeyBias(part, vector)
+
+
+def removable(bias: KeyBias, k: Tensor, *, first: int) -> KeyBias | None:
+    """Return what of a key bias should be taken out of keys, as `worth_removing` says.
+
+    None also if K does not hold it, because a norm came after it.
+
+    Args:
+        bias: All of it.
+        k: Keys as a cache gets them, float32 `[B, H, T, D]`.
+        first: Position of the first one.
+    """
+    clean = k - bias.rows(torch.arange(first, first + k.shape[2], device=k.device)[None])
+    held = bool(clean.square().sum() < k.square().sum())
+    return worth_removing(bias, variance_in_groups(clean).cpu(), tokens=VARIANCE_TOKENS) if held else None

@@ -21,8 +21,8 @@ from occamkv.integrations.transformers.probing import FIRST_TOKENS, packable_lay
 from occamkv.integrations.transformers.rotary import key_biases, model_rotaries
 from occamkv.methods.crossing import Statistics
 from occamkv.methods.trial import Reading
-from occamkv.ops.balance import VARIANCE_TOKENS, balance_vector, query_moment, variance_in_groups
-from occamkv.ops.rope import KeyBias, Rotary, worth_removing
+from occamkv.ops.balance import balance_vector, query_moment, variance_in_groups
+from occamkv.ops.rope import KeyBias, Rotary, removable
 
 _Key = tuple[tuple[int, int], ...]
 _known: WeakKeyDictionary[nn.Module, tuple[_Key, dict[int, Statistics]]] = WeakKeyDictionary()
@@ -40,26 +40,16 @@ class _Collector:
             return
         k = cache.waiting[0][:, :, FIRST_TOKENS:].float()
         if not self.calls and self.bias is not None:
-            self.bias = _worth_removing(self.bias, k)
-        self.variance = variance_in_groups(k if self.bias is None else k - _rows(self.bias, k))
+            self.bias = removable(self.bias, k, first=FIRST_TOKENS)
+        if self.bias is not None:
+            k = k - self.bias.rows(torch.arange(FIRST_TOKENS, FIRST_TOKENS + k.shape[2], device=k.device)[None])
+        self.variance = variance_in_groups(k)
         self.calls += 1
         self.moment = self.moment + query_moment(q[:, :, FIRST_TOKENS:], kv_heads=k.shape[1])
 
     def statistics(self) -> Statistics:
         moment = self.moment / self.calls
         return Statistics(balance_vector(moment.diagonal(dim1=1, dim2=2), self.variance), moment, self.bias)
-
-
-def _worth_removing(bias: KeyBias, k: Tensor) -> KeyBias | None:
-    """Return what of a bias should be taken out of K; None also if K does not hold it (a norm came after it)."""
-    clean = k - _rows(bias, k)
-    held = bool(clean.square().sum() < k.square().sum())
-    return worth_removing(bias, variance_in_groups(clean).cpu(), tokens=VARIANCE_TOKENS) if held else None
-
-
-def _rows(bias: KeyBias, k: Tensor) -> Tensor:
-    """Return what keys behind the first tokens hold of a bias."""
-    return bias.rows(torch.arange(FIRST_TOKENS, FIRST_TOKENS + k.shape[2], device=k.device)[None])
 
 
 def statistics_for(model: Any, plan: Plan, balance: Mapping[int, Tensor] | None) -> tuple[Plan, dict[int, Statistics]]:
