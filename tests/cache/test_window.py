@@ -225,6 +225,19 @@ def test_sequences_of_different_lengths_slide_on_their_own():
     assert bool(both.isfinite().all())
 
 
+def test_one_append_of_any_length_drops_whole_pages_of_what_was_packed_before():
+    stream = Stream(FORMS["rolling"])
+    stream.put(164)
+    stream.cache.commit()
+    store = stream.cache.store
+    assert store.rows[0].packed == 64
+    for _ in range(2):
+        store.append(stream.k[:, :, :1500], stream.v[:, :, :1500])
+        row = store.rows[0]
+        assert row.held + row.residual >= 300 and row.dropped % 128 == 0 and len(row.pages) == -(-row.held // 128)
+    assert row.dropped >= 1024
+
+
 def test_crop_within_the_window_works_and_beyond_it_is_refused_unchanged():
     stream = Stream(FORMS["rolling"])
     stream.put(1500)

@@ -100,3 +100,19 @@ def test_a_model_that_reads_k_and_v_elsewhere_would_leave_it_out_and_is_refused(
 def test_what_cannot_be_added_is_refused(pins, pin_bias, model):
     with pytest.raises(UnsupportedInput, match="pin_bias"):
         PackedCache(model, method("occam", pins=pins), pin_bias=pin_bias)
+
+
+def test_a_prompt_whose_first_tokens_see_each_other_keeps_its_mask(model):
+    ids = words(90)[None]
+    seen = torch.ones(90, 90).bool().tril()
+    seen[:30, :30] = True
+    cache = PackedCache(model, method("occam"), pin_bias=2.0)
+    with torch.no_grad():
+        out = model(ids, attention_mask=seen[None, None], past_key_values=cache).logits
+        model.set_attn_implementation("eager")
+        mask = torch.zeros(1).masked_fill(~seen, torch.finfo(torch.float32).min) + 2.0 * (torch.arange(90) < 4)
+        expected = model(ids, attention_mask=mask[None, None], use_cache=False).logits
+        causal = mask.masked_fill(~seen.tril(), torch.finfo(torch.float32).min)
+        other = model(ids, attention_mask=causal[None, None], use_cache=False).logits
+    assert difference(out, expected) < ROUNDING
+    assert difference(other, expected) > 1000 * ROUNDING

@@ -33,6 +33,14 @@ BIASED = {
         change=plant,
     ),
 }
+
+
+def forget_positions(model: nn.Module) -> None:
+    """Every token is embedded at its place in the call, whatever position the model is told."""
+    embed = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: embed(x, torch.arange(x.shape[1])[None])
+
+
 SLOW = Tiny(
     "PhiConfig",
     "PhiForCausalLM",
@@ -41,6 +49,12 @@ SLOW = Tiny(
 )
 UNKNOWN = {
     "frequencies that change with the length": Tiny("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": DYNAMIC}),
+    "positions of several axes": Tiny(
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}},
+    ),
+    "positions that the model does not heed": Tiny("LlamaConfig", "LlamaForCausalLM", change=forget_positions),
     "no rotary embedding": TINY["bart, an encoder and a decoder"],
 }
 LAYOUTS = {
