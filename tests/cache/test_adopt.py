@@ -124,10 +124,10 @@ def test_a_key_bias_leaves_and_enters_at_the_positions_of_its_tokens():
 def test_a_key_bias_that_takes_k_beyond_what_a_record_can_hold_is_refused():
     """K alone and the bias alone could be stored; K without the bias cannot."""
     form, pair = method("kivi", key_bias="remove"), torch.tensor([0])
-    k = torch.full((1, HEADS, 8, DIM), 0.6 * LARGEST_TOKEN)
+    k = torch.full((1, HEADS, 8, DIM), 0.1 * LARGEST_TOKEN)
     bias = KeyBias(
         Rotary(torch.zeros(1).double(), pair, pair + 1),
-        torch.zeros(HEADS, DIM).index_fill_(1, torch.tensor([0, 1]), -0.6 * LARGEST_TOKEN),
+        torch.zeros(HEADS, DIM).index_fill_(1, torch.tensor([0, 1]), -0.95 * LARGEST_TOKEN),
     )
     LayerCache(form, statistics=Statistics()).update(k, k)
     cache = LayerCache(form, statistics=Statistics(key_bias=bias))

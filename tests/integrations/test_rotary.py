@@ -138,3 +138,12 @@ def test_a_bias_in_channels_that_do_not_turn_costs_nothing():
             layer.self_attn.k_proj.bias.data = torch.zeros(2, 32).index_fill_(1, torch.tensor([17, 30]), size).flatten()
         found.append(divergence(model))
     assert 0 < found[0] < 0.1 and found[1] < 1.2 * found[0]
+
+
+@pytest.mark.parametrize(("name", "balance"), [("kivi", None), ("occam", None), ("occam", {0: torch.ones(2, 32)})])
+def test_methods_that_remove_a_bias_find_it_whatever_else_they_need(name, balance):
+    model = BIASED["qwen2"].build()
+    cache = PackedCache(model, method(name, key_bias="remove"), balance=balance)
+    with torch.no_grad():
+        model(words(200)[None], past_key_values=cache)
+    assert all(layer.key_bias_pairs for layer in cache.report().layers)
