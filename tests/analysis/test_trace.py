@@ -153,6 +153,10 @@ def tensors(trace: Trace) -> dict[str, Tensor]:
                 found[f"{layer.index}.{field.name}"] = value
         if layer.reading.sinks is not None:
             found[f"{layer.index}.sinks"] = layer.reading.sinks
+        if layer.key_bias is not None:
+            rotary = layer.key_bias.rotary
+            found[f"{layer.index}.key_bias"] = layer.key_bias.vector
+            found |= {f"{layer.index}.{name}": getattr(rotary, name) for name in ("frequencies", "first", "second")}
     return found
 
 
@@ -162,7 +166,9 @@ def same(a: Trace, b: Trace) -> bool:
     plain = [[dataclasses.replace(t, layers=(), ids=None, real=None) for t in (a, b)]]
     plain += [
         [
-            dataclasses.replace(x, q=None, k=None, v=None, hidden=None, received=None, rows=None, reading=None)
+            dataclasses.replace(
+                x, q=None, k=None, v=None, hidden=None, received=None, rows=None, reading=None, key_bias=None
+            )
             for x in pair
         ]
         for pair in zip(a.layers, b.layers, strict=True)
@@ -182,7 +188,7 @@ def test_a_trace_is_read_back_as_it_was_written_byte_for_byte(name, dtype, tmp_p
     inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
     selection = dataclasses.replace(ALL_OF_IT, positions=range(2, 45))
     trace = record(model, inputs, selection=selection, tokenizer=Words())
-    assert trace.layers[0].q.dtype == dtype
+    assert trace.layers[0].q.dtype == dtype and (trace.layers[0].key_bias is not None) == (name == SINKS)
     spilled = record(model, inputs, selection=selection, tokenizer=Words(), spill=tmp_path / "spilled")
     trace.save(tmp_path / "saved")
     loaded = Trace.load(tmp_path / "saved")

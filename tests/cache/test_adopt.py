@@ -9,7 +9,9 @@ from occamkv.cache import LayerCache
 from occamkv.cache.chooser import first_tokens
 from occamkv.cache.masks import Seen
 from occamkv.errors import UnsupportedInput
+from occamkv.formats.records import LARGEST_TOKEN
 from occamkv.methods.crossing import Statistics
+from occamkv.ops.rope import KeyBias, Rotary
 from some_attention import some_balance, some_tokens
 
 HEADS, DIM = 2, 32
@@ -102,3 +104,33 @@ def test_first_tokens_are_those_of_store_and_step_without_pads():
             got = first_tokens(cache, row, count)
             for new, old in zip(got, (k, v), strict=True):
                 torch.testing.assert_close(new, old[row : row + 1, :, pads:][:, :, :count], rtol=1e-5, atol=1e-5)
+
+
+def test_a_key_bias_leaves_and_enters_at_the_positions_of_its_tokens():
+    pairs = torch.tensor([0, 5])
+    vector = torch.zeros(HEADS, DIM).index_fill_(1, torch.cat((pairs, pairs + DIM // 2)), 30.0)
+    bias = KeyBias(Rotary(torch.tensor([1.0, 0.3]).double(), pairs, pairs + DIM // 2), vector)
+    cache = LayerCache(method("kivi"), statistics=Statistics(key_bias=bias))
+    k, v = fresh(1, 100, torch.float32)
+    cache.update(k[:, :, :99], v[:, :, :99])
+    cache.update(k[:, :, 99:], v[:, :, 99:])
+    for name, pairs_out in (("kivi", 2), ("kivi", 2), ("oscar", 0)):
+        cache.adopt(method(name, key_bias="remove" if pairs_out else "keep"))
+        assert cache.key_bias_pairs == pairs_out
+        assert (cache.dense()[0] - k).abs().max() < 1e-4
+    assert cache.store.residual_k.norm() > 0
+
+
+def test_a_key_bias_that_takes_k_beyond_what_a_record_can_hold_is_refused():
+    """K alone and the bias alone could be stored; K without the bias cannot."""
+    form, pair = method("kivi", key_bias="remove"), torch.tensor([0])
+    k = torch.full((1, HEADS, 8, DIM), 0.1 * LARGEST_TOKEN)
+    bias = KeyBias(
+        Rotary(torch.zeros(1).double(), pair, pair + 1),
+        torch.zeros(HEADS, DIM).index_fill_(1, torch.tensor([0, 1]), -0.95 * LARGEST_TOKEN),
+    )
+    LayerCache(form, statistics=Statistics()).update(k, k)
+    cache = LayerCache(form, statistics=Statistics(key_bias=bias))
+    with pytest.raises(UnsupportedInput, match="does not fit its stored numbers"):
+        cache.update(k, k)
+    assert cache.length == 0

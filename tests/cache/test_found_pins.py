@@ -317,3 +317,13 @@ def test_all_sequences_at_once_have_the_same_positions(rows):
     assert table.shape == (len(rows), max(map(len, rows)))
     for row, positions in zip(rows, positions_of(numbers, table).tolist(), strict=True):
         assert positions == [at for at in range(100) if at not in row][:40]
+
+
+@pytest.mark.parametrize("name", JUDGING)
+def test_the_room_for_pins_is_never_above_the_bound_that_is_planned_with(name):
+    form = FORMS[name]
+    sure = form.pin_slots
+    for tokens in range(150, 3000, 7):
+        most_found = 4 + tokens // 50
+        assert pins.most_slots(form, tokens) >= sure + -(-most_found // pins.PIN_SLOTS) * pins.PIN_SLOTS
+    assert pins.most_slots(form, 100) == sure, "nothing is judged yet"

@@ -28,6 +28,18 @@ def test_one_sequence_packs_while_another_still_waits(name, steps):
     assert min(mirror.cache.packed_tokens()) > 0
 
 
+@pytest.mark.parametrize("pins", ["none", "first:4", "at:0,150", "lowest:3", "first:4+found"])
+@pytest.mark.parametrize("cuts", [[200], [4, 196], [150, 50], [199, 1]], ids=str)
+def test_packing_starts_with_the_token_that_the_report_names_however_a_text_was_cut(cuts, pins):
+    cache = LayerCache(method("oscar", pins=pins), min_tokens=200)
+    k = torch.randn(1, 2, 200, 32, generator=torch.Generator().manual_seed(0))
+    for part in k.split(cuts, dim=2):
+        assert cache.packed_tokens() in ([], [0])
+        cache.update(part, part)
+        cache.commit()
+    assert cache.packing_starts == 200 and cache.packed_tokens() == [128]
+
+
 def test_a_balance_vector_that_the_method_does_not_use_is_refused():
     cache = LayerCache(method("oscar"), statistics=Statistics(torch.ones(2, 32)))
     with pytest.raises(UnsupportedInput, match="balance was given"):

@@ -9,6 +9,7 @@ from torch import Tensor
 from attention_truth import attention
 from cache_mirror import Mirror, held_bytes
 from occamkv.cache import LayerCache
+from occamkv.cache.masks import read_mask
 from occamkv.cache.pins import standing
 from occamkv.errors import UnsupportedFormat, UnsupportedInput
 from occamkv.kernels import cpu
@@ -59,12 +60,12 @@ class Stream:
         stream = [t for t in range(self.at) if t not in row.pins]
         return row.pins, stream[row.dropped]
 
-    def truth(self, q: Tensor) -> Tensor:
+    def truth(self, q: Tensor, *, without: tuple[int, ...] = ()) -> Tensor:
         """Attention in float64 over pins at their new places and everything behind the dropped tokens."""
         pins, first = self.kept()
         passed = [p for p in pins if p < first]
         places = {p: first - len(passed) + i for i, p in enumerate(passed)}
-        where = passed + list(range(first, self.at))
+        where = [t for t in (*passed, *range(first, self.at)) if t not in without]
         at = torch.tensor([places.get(t, t) for t in where])
         k = ROTARY.turn(self.plain[:, :, where], at).double()
         now = torch.arange(self.at - q.shape[2], self.at)[None]
@@ -98,8 +99,9 @@ def test_bytes_stay_and_are_those_of_the_formula(name):
         if tokens > 1000:
             seen.add(size)
     assert max(seen) <= min(seen) + form.format.page_bytes(kv_heads=HEADS, head_dim=DIM)
-    moved = 0 if stream.cache.store._moved is None else stream.cache.store._moved[1].nbytes
-    assert held_bytes(stream.cache) <= max(seen) + moved + 4096
+    stream.put(1)
+    stream.cache.attend(torch.randn(1, 2 * HEADS, 1, DIM))
+    assert held_bytes(stream.cache) <= max(seen) + 4096, "pins are moved for a step and not held twice"
     without = method(str(form).rstrip("+")).nbytes(1900, kv_heads=HEADS, head_dim=DIM, dtype_bytes=4)
     assert min(seen) < 0.6 * without, "twin: without a window it would be much more"
 
@@ -154,6 +156,24 @@ def test_where_pins_stand():
     assert standing([], 300) == []
 
 
+@pytest.mark.parametrize("hidden", [0, 2, 700, 1250], ids=["a pin", "another", "a dropped token", "a held token"])
+def test_a_mask_hides_the_token_that_it_names_wherever_pins_stand(hidden):
+    stream = Stream(FORMS["4 bits"])
+    stream.put(1300)
+    stream.cache.commit()
+    stream.put(1)
+    pins, first = stream.kept()
+    assert pins == [0, 1, 2, 3] and 700 < first <= 1250
+    mask = torch.ones(1, 1, 1, 1301).bool()
+    mask[..., hidden] = False
+    seen = read_mask(mask, before=None, new=1, batch=1)
+    q = ROTARY.turn(stream.plain[:, :, :1], torch.tensor([first - 4])).repeat_interleave(2, 1)  # looks at the first pin
+    gone, stay = stream.truth(q, without=(hidden,)), stream.truth(q)
+    out = stream.cache.attend(q, seen=seen)
+    assert (out - gone).norm() / gone.norm() < 0.12
+    assert ((gone - stay).norm() / stay.norm() > 0.3) == (hidden == 0)
+
+
 def test_moving_again_and_again_rounds_once():
     stream = Stream(FORMS["rolling"], dtype=torch.bfloat16)
     for _ in range(30):
@@ -167,6 +187,26 @@ def test_moving_again_and_again_rounds_once():
     exact = ROTARY.turn(stream.plain[:, :, :4], torch.arange(first - 4, first))
     assert shown.positions.tolist() == [list(range(first - 4, first))]
     assert (k - exact).norm() / exact.norm() < 0.02
+
+
+def test_a_pin_that_was_cropped_and_came_again_is_the_new_one():
+    """It stands in the window, at the same place as before, beside one that was moved."""
+    outs = []
+    for crops in (False, True):
+        stream = Stream(method("oscar", window=256, pins="at:0,700"))
+        stream.put(690)
+        stream.cache.commit()
+        if crops:
+            other = 3 * torch.randn(1, HEADS, 21, DIM, generator=torch.Generator().manual_seed(7))
+            stream.cache.update(other[:, :, :20], other[:, :, :20])
+            stream.cache.update(other[:, :, 20:], other[:, :, 20:])
+            stream.cache.attend(torch.randn(1, 2 * HEADS, 1, DIM))
+            stream.cache.remove(21)
+        stream.put(20)
+        q = torch.randn(1, 2 * HEADS, 1, DIM, generator=torch.Generator().manual_seed(8))
+        outs.append(stream.attend(1, q))
+        assert stream.cache.store.rows[0].dropped and stream.cache.store.rows[0].pins == [0, 700]
+    assert torch.equal(*outs)
 
 
 def test_sequences_of_different_lengths_slide_on_their_own():
@@ -183,6 +223,19 @@ def test_sequences_of_different_lengths_slide_on_their_own():
     q = torch.randn(2, 4, 1, DIM)
     both = mirror.cache.attend(q, seen=None)
     assert bool(both.isfinite().all())
+
+
+def test_one_append_of_any_length_drops_whole_pages_of_what_was_packed_before():
+    stream = Stream(FORMS["rolling"])
+    stream.put(164)
+    stream.cache.commit()
+    store = stream.cache.store
+    assert store.rows[0].packed == 64
+    for _ in range(2):
+        store.append(stream.k[:, :, :1500], stream.v[:, :, :1500])
+        row = store.rows[0]
+        assert row.held + row.residual >= 300 and row.dropped % 128 == 0 and len(row.pages) == -(-row.held // 128)
+    assert row.dropped >= 1024
 
 
 def test_crop_within_the_window_works_and_beyond_it_is_refused_unchanged():

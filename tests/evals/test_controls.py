@@ -14,6 +14,7 @@ from occamkv.evals.controls import Control
 from occamkv.evals.fidelity import Reading, read_together
 from occamkv.integrations.transformers import PackedCache, plan_for
 from occamkv.integrations.transformers.layer import PackedLayer
+from occamkv.methods import method
 
 TOKENS = 300
 METHODS = ("oscar", "kivi", "occam", "occam_small", "occam_quality", "ott", "turboquant", "rotatekv", "kvarn")
@@ -45,6 +46,14 @@ def test_controls_of_a_packed_reading_hold(name, kind):
         assert control.passed, control
         assert control.name.startswith("x: ")
         assert set(control.to_json()) == {"name", "passed", "told"}
+
+
+def test_bytes_of_a_window_match_though_tokens_have_left_it():
+    plans = {"x": plan_for(model("packable").config, method("oscar", pins="none", window=256))}
+    reading = read_together(model("packable"), ids().repeat(1, 3)[:, :700], plans, score_from=100)["x"]
+    assert all(layer.dropped_tokens for layer in reading.cache.report().packed_layers)
+    control = controls.bytes_match("x", reading)
+    assert control.passed, control
 
 
 def test_full_precision_agrees_with_itself():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import occamkv
 import saved_models
 from occamkv import PackedCache, Verify
 from occamkv.errors import UnsupportedInput
@@ -227,6 +228,18 @@ def test_every_method_has_a_receipt(model, method):
     data = made(model, method=method)
     assert not data["void"], data["controls"]
     check(data)
+
+
+@pytest.mark.parametrize("method", ["oscar", occamkv.method("oscar", pins="none", window=256)], ids=str)
+def test_tokens_of_a_last_step_that_still_wait_are_counted_as_they_will_be_held(method, model):
+    cache, text = PackedCache(model, method), ids(PROMPT)
+    with torch.no_grad():
+        for part in (text[:, :-5], text[:, -5:]):
+            model(part, past_key_values=cache)
+    waiting = cache.report().nbytes
+    data = receipt(model, text, cache)
+    assert not data["void"], data["controls"]
+    assert data["bytes"]["computed"] == data["bytes"]["measured"] < waiting
 
 
 def test_pins_that_leave_nothing_to_read_are_said(model):

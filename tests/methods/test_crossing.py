@@ -9,6 +9,7 @@ from occamkv import method
 from occamkv.errors import CacheMismatch, UnsupportedInput
 from occamkv.methods.crossing import Crossing, Statistics, random_signs
 from occamkv.ops import rotate
+from occamkv.ops.rope import KeyBias, Rotary
 
 ROTATIONS = {
     "none": {"k_rotation": "none", "v_rotation": "none"},
@@ -170,3 +171,21 @@ def test_twin_statistics_that_fit_are_taken():
 def test_statistics_that_would_not_be_used_are_refused(name):
     with pytest.raises(UnsupportedInput, match=f"balance was given, but {name} has k_rotation="):
         method(name).crossing(torch.zeros(1, 2, 1, 64), Statistics(torch.ones(2, 64)))
+
+
+def a_key_bias(heads: int = 2, head_dim: int = 32) -> KeyBias:
+    pair = Rotary(torch.ones(1).double(), torch.tensor([0]), torch.tensor([head_dim // 2]))
+    return KeyBias(pair, torch.zeros(heads, head_dim).index_fill_(1, torch.tensor([0, head_dim // 2]), 3.0))
+
+
+def test_everything_a_crossing_holds_lies_where_k_does():
+    form = method("occam_quality")
+    known = Statistics(torch.ones(2, 32), torch.eye(32).expand(2, -1, -1), a_key_bias())
+    crossing = form.crossing(torch.zeros(1, 2, 1, 32, device="meta"), known)
+    assert {x.device.type for x in (crossing.k_vector, crossing.feedback, crossing.key_bias.vector)} == {"meta"}
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (2, 16), (4, 32)])
+def test_a_key_bias_of_another_layer_is_refused(shape):
+    with pytest.raises(CacheMismatch, match=r"key_bias is of a layer with \[H, D\]"):
+        method("occam").crossing(torch.zeros(1, 2, 1, 32), Statistics(torch.ones(2, 32), None, a_key_bias(*shape)))

@@ -134,3 +134,22 @@ def test_what_cannot_be_packed_is_refused_and_counted_all_the_same(name):
     with pytest.raises(NothingQuantized):
         plan_for(model.config, "oscar")
     assert estimate(sizes, plan_for(model.config, "full"), Workload(200)).cache > 0
+
+
+def test_layers_that_are_read_outside_the_attention_function_are_told():
+    for name, tiny in TINY.items():
+        model, sizes = made(name)
+        assert {sizes.layers[index].reads_packed for index in tiny.packed} == {not tiny.reads_dequantized(model)}, name
+
+
+@pytest.mark.parametrize("chunk", [32, 64, 127])
+def test_short_pieces_of_a_prompt_wait_as_the_model_made_them_and_as_attention_read_them(chunk):
+    model, sizes = made("llama")
+    cache, load = PackedCache(model, "oscar"), Workload(6 * chunk + 300, 1, chunk)
+    ids = prompt(TINY["llama"], {0: load.context})["input_ids"]
+    with torch.no_grad():
+        for part in (ids[:, :300], *ids[:, 300:].split(chunk, dim=1)):
+            model(part, past_key_values=cache)
+    waiting = sum(layer.cache.step.nbytes for layer in cache.layers)
+    one_at_a_time = chunk * sizes.layers[0].values * 4
+    assert estimate(sizes, plan_for(model.config, "oscar"), load).transient == waiting + one_at_a_time

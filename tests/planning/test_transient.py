@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig
+from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, MistralConfig
 
 from integrations.tiny import SIZES
 from occamkv import PackedCache
@@ -17,6 +17,8 @@ WINDOW = {"sliding_window": 100, "layer_types": ["full_attention", "sliding_atte
 
 
 def config_of(kind: str):
+    if kind == "windows alone":
+        return MistralConfig(**{**SIZES, "num_hidden_layers": 3, "sliding_window": 100})
     if kind == "windows":
         return Gemma3TextConfig(**{**SIZES, **WINDOW, "num_hidden_layers": 3})
     return LlamaConfig(**{**SIZES, "num_hidden_layers": 3})
@@ -37,7 +39,7 @@ def peak(cache, load: Workload) -> int:
     return meter.peak
 
 
-@pytest.mark.parametrize("kind", ["full attention", "windows"])
+@pytest.mark.parametrize("kind", ["full attention", "windows", "windows alone"])
 @pytest.mark.parametrize("chunk", [None, 256])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_full_cache_peaks_where_it_was_planned(kind, chunk, batch):

@@ -18,6 +18,7 @@ from occamkv.methods import Method, method
 from occamkv.methods.crossing import Statistics
 from occamkv.methods.trial import Sample, Trial, spread
 from occamkv.ops.balance import balance_vector, query_moment, variance_in_groups
+from occamkv.ops.rope import KeyBias, removable
 
 QUERIES = 128
 """Queries that read the packed keys, evenly spread over the text."""
@@ -45,10 +46,13 @@ class LayerErrors:
         self.layer = layer
         self._trials: dict[int, Trial] = {}
 
-    @cached_property
-    def statistics(self) -> Statistics:
-        """The balance vector that these queries and keys ask for; random ids of the model give as good a one."""
-        return Statistics(balance_vector(self._energy, self._variance), self._moment)
+    def statistics(self, method: Method) -> Statistics:
+        """What these queries and keys tell a method; random ids of the model give as good a balance vector."""
+        bias, k = self._bias if method.key_bias == "remove" else None, self.layer.k[:1].float()
+        if bias is not None:
+            k = k - bias.rows(torch.arange(k.shape[2])[None])
+        variance = variance_in_groups(k[:, :, _FIRST_TOKENS:])
+        return Statistics(balance_vector(self._energy, variance), self._moment, bias).used_by(method)
 
     @cached_property
     def overlap(self) -> float:
@@ -57,7 +61,8 @@ class LayerErrors:
         u is the energy of the queries' channels, v the variance of K's within groups. A rotation makes both even; so
         below 1 it brings K's error to where queries look, above 1 it takes it away (`ops.balance`).
         """
-        u, v = (x / x.sum(-1, keepdim=True) for x in (self._energy, self._variance))
+        variance = variance_in_groups(self.layer.k[:1, :, _FIRST_TOKENS:])
+        u, v = (x / x.sum(-1, keepdim=True) for x in (self._energy, variance))
         return float((u * v).sum(-1).mean() * u.shape[-1])
 
     @cached_property
@@ -69,8 +74,9 @@ class LayerErrors:
         return self._moment.diagonal(dim1=1, dim2=2)
 
     @cached_property
-    def _variance(self) -> Tensor:
-        return variance_in_groups(self.layer.k[:1, :, _FIRST_TOKENS:])
+    def _bias(self) -> KeyBias | None:
+        bias, k = self.layer.key_bias, self.layer.k[:1, :, _FIRST_TOKENS:].float()
+        return None if bias is None else removable(bias, k, first=_FIRST_TOKENS)
 
     def error(self, method: Method, *, pins: int = 0) -> float:
         """Return `||o' - o|| / ||o||` over all heads and queries, when K is packed by a method.
@@ -79,7 +85,7 @@ class LayerErrors:
         """
         plain = method.with_overrides(feedback=False)
         trial = self._trial(pins)
-        crossing = plain.crossing(self.layer.k[:1], None if self.statistics is None else self.statistics.used_by(plain))
+        crossing = plain.crossing(self.layer.k[:1], self.statistics(plain))
         return float(trial.errors(plain, trial.space(crossing))[0] ** 0.5)
 
     def _trial(self, pins: int) -> Trial:

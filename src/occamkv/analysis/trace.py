@@ -18,14 +18,17 @@ from occamkv.integrations.transformers.fingerprint import fingerprint
 from occamkv.integrations.transformers.model import text_config
 from occamkv.integrations.transformers.plan import plan_for
 from occamkv.integrations.transformers.prompt import Prompt, read_prompt
+from occamkv.integrations.transformers.rotary import key_biases
 from occamkv.integrations.transformers.tracing import Call, trace_attention
 from occamkv.methods.trial import Reading
+from occamkv.ops.rope import KeyBias, Rotary
 from occamkv.schema import NUMBER, check_fields, check_version
 
 SCHEMA_VERSION = 1
 
 _HEADER = "occamkv.trace"
 _PARTS = ("received", "rows", "q", "k", "v", "hidden")
+_KEY_BIAS = ("key_bias.frequencies", "key_bias.first", "key_bias.second", "key_bias.vector")
 _SCHEMA = {
     "model_type": str,
     "fingerprint": str,
@@ -64,6 +67,7 @@ class LayerTrace:
         row_positions: Positions of these queries in the prompt.
         causal: Attention follows from q, k, the reading, the window and `Trace.real` alone. False where the model adds
             a position bias, or lets a query see later tokens (parts of an image) or hides others.
+        key_bias: What the layer adds to all keys of a head before it embeds positions, where that is known.
     """
 
     index: int
@@ -77,6 +81,7 @@ class LayerTrace:
     rows: Tensor | None = None
     row_positions: Sequence[int] = ()
     causal: bool = True
+    key_bias: KeyBias | None = None
 
 
 @dataclass(frozen=True)
@@ -197,9 +202,11 @@ def record(
     positions = range(length) if chosen.positions is None else sorted(set(chosen.positions))
     trace = replace(_frame(model, prompt, tuple(positions), tokenizer), layer_count=count)
 
+    biases = key_biases(model)
+
     def run(take: Callable[[LayerTrace], None]) -> None:
         def consume(call: Call) -> None:
-            take(_layer(call, prompt.real, chosen, trace.positions))
+            take(replace(_layer(call, prompt.real, chosen, trace.positions), key_bias=biases.get(call.layer)))
 
         seen = trace_attention(model, prompt.inputs, consume, layers=chosen.layers, hidden=chosen.hidden)
         missing = sorted(set(chosen.layers or ()).difference(seen))
@@ -295,6 +302,11 @@ class _TraceWriter(TensorWriter):
             tensor = getattr(layer, part)
             if tensor is not None:
                 self.add(name + part, tensor)
+        if layer.key_bias is not None:
+            rotary = layer.key_bias.rotary
+            bias = (rotary.frequencies, rotary.first, rotary.second, layer.key_bias.vector)
+            for part, tensor in zip(_KEY_BIAS, bias, strict=True):
+                self.add(name + part, tensor)
         if reading.sinks is not None:
             self._sinks[name + "sinks"] = reading.sinks
         self._layers.append(
@@ -358,6 +370,7 @@ def _check_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 def _read_layer(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerTrace:
     name = f"layers.{entry['index']}."
+    bias = [tensors[name + part] for part in _KEY_BIAS if name + part in tensors]
     return LayerTrace(
         entry["index"],
         tensors[name + "q"],
@@ -370,4 +383,5 @@ def _read_layer(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Laye
         rows=tensors.get(name + "rows"),
         row_positions=tuple(entry["row_positions"]),
         causal=entry["causal"],
+        key_bias=KeyBias(Rotary(bias[0], bias[1], bias[2]), bias[3]) if len(bias) == len(_KEY_BIAS) else None,
     )

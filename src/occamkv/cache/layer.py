@@ -184,7 +184,7 @@ class LayerCache:
         out = self._step(q, seen, sinks, scale=scale, window=window, softcap=softcap)
         if out is not None:
             return out
-        bias = None if self.pin_bias is None else self.pin_bias.expand(q.shape[1])
+        bias = None if self.pin_bias is None else self.pin_bias.to(q.device).expand(q.shape[1])
         full, at = store.full_tokens(pin_bias=bias), self._query_positions(q)
         if self.step is not None:
             k, v = self._rotated(self.step)
@@ -195,7 +195,7 @@ class LayerCache:
             packed=store.packed_tokens(),
             full=full,
             scale=scale,
-            mask=None if seen is None else seen.mask,
+            mask=None if seen is None else store.mask_of(seen.mask),
             window=window,
             softcap=softcap,
             sinks=sinks,

@@ -120,6 +120,14 @@ def standing(pins: Sequence[int], first: int) -> list[int]:
     return [max(position, first - passed + index) for index, position in enumerate(pins)]
 
 
+def moved_mask(mask: Tensor, old: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> Tensor:
+    """Return a mask `[B or 1, 1 or Hq, Tq, N]` with the columns of positions `old` of each sequence at `new`."""
+    moved = mask.repeat(len(old) // mask.shape[0], 1, 1, 1)
+    for own, before, after in zip(moved, old, new, strict=True):
+        own[:, :, list(after)] = own[:, :, list(before)]
+    return moved
+
+
 def step_tokens(k: Tensor, v: Tensor, at: Tensor, pinning: Pinning, *, bias: Tensor | None) -> list[FullTokens]:
     """Describe the tokens of a step to a backend: K and V `[B, H, T, D]` at positions `at`, int64 `[B, T]`.
 

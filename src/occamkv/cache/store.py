@@ -54,7 +54,6 @@ class Store:
         self.method, self.backend_name, self.min_tokens = method, backend, min_tokens
         self.feedback = feedback
         self.move: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-        self._moved: tuple[list[list[int]], Tensor] | None = None
         self.format = method.packed_format
         self.rows = [Row() for _ in range(batch)]
         self.pool = PagePool(format=self.format, kv_heads=heads, head_dim=head_dim, device=device)
@@ -101,8 +100,8 @@ class Store:
         """Return how many tokens of each sequence are due with `new[b]` more of them, if none is found to be pinned."""
         due = []
         for row, count in zip(self.rows, new, strict=True):
-            leaving = len(self._pinned_next(row, count)) + (0 if row.pins else self.pinning.lowest)
-            due.append(self._due(row, row.residual + count - leaving))
+            leaving = len(self.pinning.among(row.tokens, row.tokens + count)) + (0 if row.pins else self.pinning.lowest)
+            due.append(self._due(row, row.residual + count - leaving, row.tokens + count))
         return due
 
     def reserve(self, new: Sequence[int]) -> None:
@@ -123,10 +122,11 @@ class Store:
 
     def _prepare(self, rows: range, k: Tensor, v: Tensor) -> Change:
         row = self.rows[rows.start]
-        pinned = self._pinned_next(row, k.shape[2])
+        tokens = row.tokens + k.shape[2]
+        pinned = list(self.pinning.among(row.tokens, tokens))
         (pin_k, k), (pin_v, v) = (pins.split(x, [position - row.tokens for position in pinned]) for x in (k, v))
         residual, staged, records = row.residual + k.shape[2], row.staged, None
-        due = self._due(row, residual)
+        due = self._due(row, residual, tokens)
         replaces = bool(due or residual > self.residual_k.shape[2])
         if replaces:
             old_k, old_v = self._ring(rows)
@@ -149,21 +149,15 @@ class Store:
             residual = k.shape[2]
         return Change(rows, pinned, pin_k, pin_v, records, k, v, replaces, residual, staged)
 
-    def _pinned_next(self, row: Row, new: int) -> list[int]:
-        """Return the positions among a sequence's next `new` tokens that are pinned because of their place."""
-        return list(self.pinning.among(row.tokens, row.tokens + new))
-
     def _found(self, pinned: Sequence[int]) -> int:
         """Return how many of these pins were found by their norms."""
         return len(set(pinned).difference(self.pinning.positions))
 
-    def _due(self, row: Row, waiting: int) -> int:
-        """Return how many of the `waiting` oldest unpacked tokens must be packed now, if none of them is pinned."""
-        if waiting < PAGE_TOKENS or (not row.packed and row.pinned + waiting < self.min_tokens):
+    def _due(self, row: Row, waiting: int, tokens: int) -> int:
+        """Return how many of the `waiting` oldest unpacked of `tokens` tokens must be packed, if none is pinned."""
+        if waiting - row.staged < PAGE_TOKENS or (not row.packed and tokens < self.min_tokens):
             return 0
         step = self.method.flush_tokens
-        if waiting - row.staged < PAGE_TOKENS:
-            return 0
         return (row.staged + ((waiting - row.staged - PAGE_TOKENS) // step + 1) * step) // step * step
 
     def _encode(self, k: Tensor, v: Tensor) -> Records:
@@ -284,14 +278,20 @@ class Store:
 
     def pinned(self) -> FullTokens:
         """Describe the pins to a backend; behind a window they stand just before it."""
+        old, new = [row.pins for row in self.rows], self._standing()
+        at, to = (pins.pinned_tokens(self.pin_k, self.pin_v, where) for where in (old, new))
+        return (
+            at if self.move is None or new == old else replace(to, k=self.move(self.pin_k, at.positions, to.positions))
+        )
+
+    def _standing(self) -> list[list[int]]:
+        """Return the positions at which the pins of each sequence stand."""
+        return [pins.standing(row.pins, pins.position(row.dropped, row.pins)) for row in self.rows]
+
+    def mask_of(self, mask: Tensor | None) -> Tensor | None:
+        """Return a mask over positions that shows pins, wherever they stand, as it shows the places they came from."""
         old = [row.pins for row in self.rows]
-        if not any(row.dropped for row in self.rows) or self.move is None:
-            return pins.pinned_tokens(self.pin_k, self.pin_v, old)
-        new = [pins.standing(row.pins, pins.position(row.dropped, row.pins)) for row in self.rows]
-        if self._moved is None or self._moved[0] != new:
-            at = (pins.pinned_tokens(self.pin_k, self.pin_v, where).positions for where in (old, new))
-            self._moved = new, self.move(self.pin_k, *at)
-        return pins.pinned_tokens(self._moved[1], self.pin_v, new)
+        return mask if mask is None or self.move is None else pins.moved_mask(mask, old, self._standing())
 
     def full_tokens(self, *, pin_bias: Tensor | None = None) -> list[FullTokens]:
         """Describe pins and residual to a backend; `pin_bias`, `[Hq]`, is added to the logits of pins."""
@@ -351,7 +351,6 @@ class Store:
         self.rows = [copy.copy(old[index]) for index in rows]
         for row in self.rows:
             row.pages, row.pins = list(row.pages), list(row.pins)
-        self._moved = None
         chosen = torch.tensor(rows, dtype=torch.int64, device=self.pool.device)
         self.residual_k, self.residual_v, self.pin_k, self.pin_v = (
             x.index_select(0, chosen) for x in (self.residual_k, self.residual_v, self.pin_k, self.pin_v)

@@ -97,7 +97,7 @@ def _computed_bytes(cache: LayerCache) -> int:
     heads, head_dim = store.residual_k.shape[1], store.residual_k.shape[3]
     per_token = 2 * heads * head_dim * store.residual_k.element_size()
     page = store.format.page_bytes(kv_heads=heads, head_dim=head_dim)
-    pages = sum(records.pages_of(row.packed) for row in store.rows)
+    pages = sum(records.pages_of(row.held) for row in store.rows)
     slots = len(store.rows) * (store.ring_slots + store.pin_k.shape[2])
     return pages * page + slots * per_token
 

@@ -68,6 +68,11 @@ class Statistics:
                 f"this cache has statistics of a layer with [H, D] = {tuple(self.moment.shape[:2])}, K has "
                 f"{(heads, head_dim)}. Make a cache for this model: PackedCache(model, ...)."
             )
+        if self.key_bias is not None and self.key_bias.vector.shape != (heads, head_dim):
+            raise CacheMismatch(
+                f"key_bias is of a layer with [H, D] = {tuple(self.key_bias.vector.shape)}, K has {(heads, head_dim)}. "
+                "Make a cache for this model: PackedCache(model, ...)."
+            )
         if self.moment is not None and not bool(self.moment.isfinite().all()):
             raise UnsupportedInput("the queries' second moment has NaN or infinite values; allowed: finite ones.")
         if self.balance is None:

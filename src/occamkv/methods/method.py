@@ -340,6 +340,8 @@ class Method:
                     "Pass the model, which has it, not its configuration."
                 )
         bias = own.key_bias if self.key_bias == "remove" else None
+        if bias is not None:
+            bias = dataclasses.replace(bias, vector=bias.vector.to(k.device))
         return Crossing(k_block, v_block, vector, signs if self.v_rotation == "random" else None, feedback, bias)
 
     def hadamard_blocks(self, head_dim: int) -> tuple[int | None, int | None]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from occamkv.ops.balance import VARIANCE_TOKENS, variance_in_groups
+
 # How much of a key bias may be left, in units of what K varies without it within groups, all channels together:
 _SPREAD = 0.1  # variance within groups that it adds
 _OFFSET = 16.0  # its square; from 64 on 8-bit minimums cannot reach so far without wider steps
@@ -22,18 +24,20 @@ class Rotary:
         frequencies: float64 `[P]`, radians per position.
         first: int64 `[P]`, first channel of each pair.
         second: int64 `[P]`, second channel; channels in no pair are not turned.
+        scale: What keys are multiplied by besides (YaRN, arXiv:2309.00071); `turn` leaves it out, for K has it already.
     """
 
     frequencies: Tensor
     first: Tensor
     second: Tensor
+    scale: float = 1.0
 
     @staticmethod
-    def of(frequencies: Tensor, *, interleaved: bool = False) -> "Rotary":
+    def of(frequencies: Tensor, *, interleaved: bool = False, scale: float = 1.0) -> "Rotary":
         """Return the usual layouts of P pairs: channels (i, i + P), or (2 i, 2 i + 1) when `interleaved`."""
         pairs = torch.arange(len(frequencies))
         first, second = (2 * pairs, 2 * pairs + 1) if interleaved else (pairs, pairs + len(frequencies))
-        return Rotary(frequencies.double().cpu(), first, second)
+        return Rotary(frequencies.double().cpu(), first, second, scale)
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn vectors forward by their positions (backward by negative ones).
@@ -103,3 +107,18 @@ def worth_removing(bias: KeyBias, variance: Tensor, *, tokens: int) -> KeyBias |
     for channels in (part.first, part.second):
         vector[:, channels] = bias.vector[:, channels]
     return KeyBias(part, vector)
+
+
+def removable(bias: KeyBias, k: Tensor, *, first: int) -> KeyBias | None:
+    """Return what of a key bias should be taken out of keys, as `worth_removing` says.
+
+    None also if K does not hold it, because a norm came after it.
+
+    Args:
+        bias: All of it.
+        k: Keys as a cache gets them, float32 `[B, H, T, D]`.
+        first: Position of the first one.
+    """
+    clean = k - bias.rows(torch.arange(first, first + k.shape[2], device=k.device)[None])
+    held = bool(clean.square().sum() < k.square().sum())
+    return worth_removing(bias, variance_in_groups(clean).cpu(), tokens=VARIANCE_TOKENS) if held else None

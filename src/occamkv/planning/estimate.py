@@ -155,14 +155,17 @@ def _transient(sizes: ModelSizes, packed: list[LayerSizes], others: list[LayerSi
     one_at_a_time = [layer.source_values * load.source for layer in sizes.layers]
     for layer in packed:
         waits = sizes.packs_late or not layer.reads_packed or 1 < step < PAGE_TOKENS
-        waiting += step * layer.values if waits else 0
+        copies = (
+            2 if layer.reads_packed and 1 < step < PAGE_TOKENS else 1
+        )  # a short step keeps what attention read, too
+        waiting += copies * step * layer.values if waits else 0
         one_at_a_time.append((step if layer.reads_packed else load.context) * layer.values)
     for layer in others:
-        old = before  # tokens of the tensor that the new one is made from
-        if layer.most_tokens is not None:
-            old = min(max(0, before - step), layer.most_tokens) + min(step, before)
+        old = before * layer.v_values  # of tensors that new ones were made from: those of K are gone by then
+        if layer.most_tokens is not None:  # a window keeps both to the end
+            old = (min(max(0, before - step), layer.most_tokens) + min(step, before)) * layer.values
             waiting += _overhang(layer, load)
-        one_at_a_time.append(old * layer.v_values + step * layer.values)
+        one_at_a_time.append(old + step * layer.values)
     return waiting + max(one_at_a_time, default=0)
 
 

@@ -51,24 +51,31 @@ def model_rotaries(model: nn.Module) -> dict[int, Rotary]:
 
 
 def key_biases(model: nn.Module) -> dict[int, KeyBias]:
-    """Return what each layer adds to all keys of a head, with all pairs of channels, where it is not zero.
+    """Return what each layer adds to all keys of a head, all channels in pairs, where it is not zero.
 
-    It is read from `k_proj.bias`; a norm on keys comes after it, and such a bias is left alone.
+    It is read from `k_proj.bias`; whether it is in K as it stands there, after norms and the like, is for the caller to
+    see.
     """
-    vectors, head_dim = {}, {}
+    vectors = dict[int, Tensor]()
     for index, module in attention_modules(decoders(model)[-1]):
-        bias = getattr(getattr(module, "k_proj", None), "bias", None)
-        normed = any("k_norm" in name or "k_layernorm" in name for name, _ in module.named_children())
-        if bias is not None and not normed and bool(bias.any()):
-            vectors[index], head_dim[index] = bias.detach().float().cpu(), getattr(module, "head_dim", None)
-    if not vectors:
-        return {}
-    rotaries = model_rotaries(model)
+        bias, head_dim = getattr(getattr(module, "k_proj", None), "bias", None), getattr(module, "head_dim", None)
+        if bias is not None and head_dim and bool(bias.any()):
+            vectors[index] = bias.detach().float().cpu().unflatten(0, (-1, head_dim))
+    rotaries = model_rotaries(model) if vectors else {}
     return {
-        index: KeyBias(rotaries[index], vector.unflatten(0, (-1, head_dim[index])))
+        index: KeyBias(_every_channel(rotaries[index], vector.shape[1]), rotaries[index].scale * vector)
         for index, vector in vectors.items()
-        if index in rotaries and head_dim[index]
+        if index in rotaries
     }
+
+
+def _every_channel(rotary: Rotary, head_dim: int) -> Rotary:
+    """Return the embedding with the channels that it does not turn as pairs of frequency 0."""
+    turned = set(torch.cat((rotary.first, rotary.second)).tolist())
+    idle = torch.tensor([channel for channel in range(head_dim) if channel not in turned], dtype=torch.int64)
+    first, second = idle[: len(idle) // 2 * 2].unflatten(0, (-1, 2)).unbind(1)
+    frequencies = torch.cat((rotary.frequencies, torch.zeros(len(first), dtype=torch.float64)))
+    return Rotary(frequencies, torch.cat((rotary.first, first)), torch.cat((rotary.second, second)), rotary.scale)
 
 
 def _recognized(model: nn.Module) -> dict[int, Rotary]:
@@ -103,10 +110,12 @@ def _candidates(decoder: nn.Module) -> Iterator[Rotary]:
     seen = set[tuple[float, ...]]()
     for name, table in decoder.named_buffers():
         if "inv_freq" in name and table.dim() == 1:
-            key = tuple(table.double().tolist())
+            path, _, own = name.rpartition(".")
+            scale = float(getattr(decoder.get_submodule(path), own.replace("inv_freq", "attention_scaling"), 1.0))
+            key = (scale, *table.double().tolist())
             if key not in seen:
                 seen.add(key)
-                yield from (Rotary.of(table, interleaved=interleaved) for interleaved in (False, True))
+                yield from (Rotary.of(table, interleaved=interleaved, scale=scale) for interleaved in (False, True))
     if seen:
         yield Rotary.of(torch.zeros(0))
 

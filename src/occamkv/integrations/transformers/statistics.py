@@ -21,8 +21,8 @@ from occamkv.integrations.transformers.probing import FIRST_TOKENS, packable_lay
 from occamkv.integrations.transformers.rotary import key_biases, model_rotaries
 from occamkv.methods.crossing import Statistics
 from occamkv.methods.trial import Reading
-from occamkv.ops.balance import VARIANCE_TOKENS, balance_vector, query_moment, variance_in_groups
-from occamkv.ops.rope import KeyBias, Rotary, worth_removing
+from occamkv.ops.balance import balance_vector, query_moment, variance_in_groups
+from occamkv.ops.rope import KeyBias, Rotary, removable
 
 _Key = tuple[tuple[int, int], ...]
 _known: WeakKeyDictionary[nn.Module, tuple[_Key, dict[int, Statistics]]] = WeakKeyDictionary()
@@ -38,15 +38,12 @@ class _Collector:
     def __call__(self, q: Tensor, cache: LayerCache, _reading: Reading) -> None:
         if cache.waiting is None:  # not the first step
             return
-        k = cache.waiting[0].float()
+        k = cache.waiting[0][:, :, FIRST_TOKENS:].float()
         if not self.calls and self.bias is not None:
-            at = torch.arange(k.shape[2], device=k.device)[None]
-            clean = variance_in_groups((k - self.bias.rows(at))[:, :, FIRST_TOKENS:])
-            self.bias = worth_removing(self.bias, clean.cpu(), tokens=VARIANCE_TOKENS)
-            k = k if self.bias is None else k - self.bias.rows(at)
-            self.variance = variance_in_groups(k[:, :, FIRST_TOKENS:])
-        elif self.bias is None:
-            self.variance = variance_in_groups(k[:, :, FIRST_TOKENS:])
+            self.bias = removable(self.bias, k, first=FIRST_TOKENS)
+        if self.bias is not None:
+            k = k - self.bias.rows(torch.arange(FIRST_TOKENS, FIRST_TOKENS + k.shape[2], device=k.device)[None])
+        self.variance = variance_in_groups(k)
         self.calls += 1
         self.moment = self.moment + query_moment(q[:, :, FIRST_TOKENS:], kv_heads=k.shape[1])
 

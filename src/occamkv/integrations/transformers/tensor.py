@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from occamkv.errors import UnsupportedInput
+
 if TYPE_CHECKING:
     from occamkv.integrations.transformers.layer import PackedLayer
 
@@ -38,7 +40,16 @@ class PackedTensor(Tensor):
         return f"PackedTensor({'V' if self.is_value else 'K'}, {tuple(self.shape)}, {self.dtype})"
 
     def dense(self) -> Tensor:
-        """Return the dequantized tensor, `[B, H, S, D]` in model space."""
+        """Return the dequantized tensor, `[B, H, S, D]` in model space.
+
+        Raises:
+            UnsupportedInput: The layer adds a number to the logits of pins, which only our attention function does.
+        """
+        if self.layer.cache is not None and self.layer.cache.pin_bias is not None:
+            raise UnsupportedInput(
+                f"layer {self.layer.index} has a pin_bias, and this model reads K and V outside occamkv's attention "
+                "function, where it would be left out. Pass the model, not its configuration, or leave pin_bias out."
+            )
         return self.layer.dense()[int(self.is_value)].contiguous()
 
     @classmethod
