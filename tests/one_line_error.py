@@ -4,7 +4,10 @@ import re
 from collections.abc import Iterable
 
 ALLOWED = r"allowed|did you mean|Methods:|for example|takes no parts|this version reads|Supported:"
-TO_DO = r"Run:|Use|Give|Load|Delete|Download|Install|Shorten|Make a|Pass|Leave|Keep|Record|see docs|lists what is there"
+TO_DO = (
+    r"Run:|Use|Give|Load|Delete|Download|Install|Shorten|Make a|Pass|Leave|Keep|Record a|Take the|Say it|see docs"
+    r"|lists what is there"
+)
 SAYS_ALL = r"No such file or directory|Is a directory"
 WAY_OUT = re.compile(rf"\b(?:{ALLOWED}|{TO_DO}|{SAYS_ALL})(?!\w)", re.IGNORECASE)
 

@@ -152,6 +152,16 @@ def test_a_gguf_file_without_tensors_is_refused(refused, tmp_path):
     refused(tmp_path / "model.gguf", str(tmp_path / "model.gguf"), "tensors")
 
 
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "model_type"])
+def test_a_configuration_that_lacks_a_field_is_refused_with_its_name(refused, copy_of, field):
+    folder = copy_of("packable")
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    del data[field]
+    path.write_text(json.dumps(data))
+    refused(folder, f"lacks '{field}'")
+
+
 def test_a_model_that_is_no_decoder_is_named_without_a_list_of_all_that_are(refused, tmp_path):
     t5 = {"d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 1, "num_heads": 2, "vocab_size": 99}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**t5))

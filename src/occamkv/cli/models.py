@@ -169,9 +169,11 @@ def load(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, A
                 source.where, dtype=dtypes[dtype], output_loading_info=True, **options
             )
     except Exception as error:  # a damaged file can make its reader raise anything
+        _check_config(source)
         raise UnsupportedModel(_not_loaded(name, source, error)) from error
     model, missing = loaded[0], loaded[1]["missing_keys"]
     if missing:
+        _check_config(source)
         raise UnsupportedModel(
             f"{name!r} lacks {len(missing)} weights of this model, such as {min(missing)!r}. Download it again."
         )
@@ -185,6 +187,15 @@ def check_tokens(model: Any, ids: Any) -> None:
         raise UnsupportedModel(
             f"the tokenizer made token {int(ids.max())}, the model knows {known}. Use the model's own tokenizer."
         )
+
+
+def _check_config(source: Source) -> None:
+    """Raise `UnsupportedInput` if a model could not be loaded because its config.json lacks a field; name that."""
+    from occamkv.integrations.transformers.configuration import read_config
+
+    if source.gguf_file is None and (Path(source.where) / "config.json").is_file():
+        with contextlib.suppress(UnsupportedModel):  # which transformers itself has said
+            read_config(source.where)
 
 
 def _not_loaded(name: str, source: Source, error: Exception) -> str:

@@ -48,7 +48,10 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UnsupportedInput(f"cannot read the configuration {str(file)!r}: {error}.") from error
+        raise UnsupportedInput(
+            f"cannot read the configuration {str(file)!r} as JSON: {error}. Take the config.json that came "
+            "with the model."
+        ) from error
     if not isinstance(raw, dict):
         raise UnsupportedInput(f"{str(file)!r} holds a {type(raw).__name__}; allowed: a configuration, a JSON object.")
     return raw
