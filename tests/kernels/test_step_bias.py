@@ -12,12 +12,17 @@ from occamkv.errors import UnsupportedInput
 from occamkv.kernels import cpu
 from occamkv.kernels.cpu.step import LayerStep
 from occamkv.methods import method
+from occamkv.methods.crossing import Statistics
 from occamkv.ops import rotate
 from occamkv.ops.rope import KeyBias
 from some_attention import cpu_backends
 from some_key_bias import bias_in, some_bias
 
-FORMS = {"block": method("oscar"), "rolling with pins": method("occam"), "no rotation": method("kivi")}
+FORMS = {
+    "block": method("oscar", key_bias="remove"),
+    "rolling with pins": method("occam"),
+    "no rotation": method("kivi", key_bias="remove"),
+}
 PROMPT, PADS, STEPS = 300, (0, 70), 140
 HEADS, QUERY_HEADS, HEAD_DIM = 2, 6, 32
 LEANING = torch.tensor([0.0, 1.0, -1.0, 3.0, 0.5, -4.0])
@@ -27,39 +32,33 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def decoded(form, monkeypatch, *, key_bias: KeyBias | None, leaning: torch.Tensor | None, whole: bool):
-    """A prompt with pads on the left of its second row, then single tokens; outputs, and what is held."""
-    taken = []
+def decoded(form, monkeypatch, *, key_bias: KeyBias | None = None, leaning: torch.Tensor | None = None, step=LayerStep):
+    """A prompt with pads on the left of its second row, then single tokens; outputs, and what is held.
+
+    K holds the bias. `step`: Takes whole steps; None: every step goes the long way.
+    """
+    taken, generator, outs = [], torch.Generator().manual_seed(3), []
 
     def stepper(layer):
-        pins = replace(layer.pins, logit_bias=leaning)
-        step = LayerStep(replace(layer, key_bias=key_bias, pins=pins))
-        return lambda *given, **options: taken.append(1) or step(*given, **options)
+        made = None if step is None else step(layer)
+        return made and (lambda *given, **options: taken.append(1) or made(*given, **options))
 
-    def attend(q, *, full, **given):
-        biased = [replace(full[0], logit_bias=leaning), *full[1:]] if form.pinned_tokens else full
-        return original(q, full=biased, **(given | {"key_bias": key_bias}))
-
-    def put(count: int, kept: torch.Tensor | None, *, without_bias: bool):
+    def put(count: int, kept: torch.Tensor | None):
         k, v = mirror.fresh(count)
         at = (mirror.real.shape[1] + torch.arange(count) - torch.tensor(PADS)[:, None]).clamp_min(-1)
-        if without_bias and key_bias is not None:
-            k = k - key_bias.rows(at)
-        return mirror.put(k, v, kept)
+        return mirror.put(k if key_bias is None else k + key_bias.rows(at), v, kept)
 
-    original = cpu.attend
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "stepper", stepper if whole else lambda layer: None)
-        patch.setattr(cpu, "attend", attend)
-        mirror = Mirror(form, batch=2, heads=HEADS, head_dim=HEAD_DIM)
-        generator, outs = torch.Generator().manual_seed(3), []
-        seen = put(PROMPT, left_padded(PROMPT, *PADS), without_bias=True)
+        patch.setattr(cpu, "stepper", stepper)
+        mirror = Mirror(form, batch=2, heads=HEADS, head_dim=HEAD_DIM, pin_bias=leaning)
+        mirror.cache.statistics = replace(mirror.cache.statistics or Statistics(), key_bias=key_bias)
+        seen = put(PROMPT, left_padded(PROMPT, *PADS))
         mirror.cache.attend(torch.randn(2, QUERY_HEADS, PROMPT, HEAD_DIM, generator=generator), seen=seen)
         for _ in range(STEPS):
-            seen = put(1, None, without_bias=not whole)
+            seen = put(1, None)
             q = torch.randn(2, QUERY_HEADS, 1, HEAD_DIM, generator=generator)
             outs.append(mirror.cache.attend(q, seen=seen))
-    assert len(taken) == (STEPS if whole else 0)
+    assert len(taken) == (0 if step is None else STEPS)
     return torch.cat(outs, dim=2), mirror.cache
 
 
@@ -68,26 +67,27 @@ def decoded(form, monkeypatch, *, key_bias: KeyBias | None, leaning: torch.Tenso
 @pytest.mark.parametrize("name", FORMS)
 def test_whole_steps_with_a_key_bias_leave_the_bytes_of_the_long_way(backend, name, size, monkeypatch):
     key_bias = some_bias(HEADS, HEAD_DIM, 5, size=size)
-    given = {"key_bias": key_bias, "leaning": None}
-    fast, whole = decoded(FORMS[name], monkeypatch, whole=True, **given)
-    slow, long = decoded(FORMS[name], monkeypatch, whole=False, **given)
+    fast, whole = decoded(FORMS[name], monkeypatch, key_bias=key_bias)
+    slow, long = decoded(FORMS[name], monkeypatch, key_bias=key_bias, step=None)
     assert whole.packed_tokens() == long.packed_tokens() and min(whole.packed_tokens()) > 200
     for row in range(2):
         assert_same_contents(contents(whole, row), contents(long, row))
     assert relative_error(fast, slow.double()) < 1e-5
-    other, _ = decoded(FORMS[name], monkeypatch, whole=True, key_bias=None, leaning=None)
+    other, _ = decoded(
+        FORMS[name], monkeypatch, key_bias=key_bias, step=lambda layer: LayerStep(replace(layer, key_bias=None))
+    )
     assert relative_error(other, slow.double()) > 0.05, "a twin: without the bias it is another attention"
 
 
 @cpu_backends
 def test_whole_steps_with_biased_pins_are_the_long_way(backend, monkeypatch):
     form = FORMS["rolling with pins"]
-    fast, whole = decoded(form, monkeypatch, whole=True, key_bias=None, leaning=LEANING)
-    slow, long = decoded(form, monkeypatch, whole=False, key_bias=None, leaning=LEANING)
+    fast, whole = decoded(form, monkeypatch, leaning=LEANING)
+    slow, long = decoded(form, monkeypatch, leaning=LEANING, step=None)
     for row in range(2):
         assert_same_contents(contents(whole, row), contents(long, row))
     assert relative_error(fast, slow.double()) < 1e-5
-    plain, _ = decoded(form, monkeypatch, whole=True, key_bias=None, leaning=None)
+    plain, _ = decoded(form, monkeypatch)
     assert torch.equal(plain[:, :1], fast[:, :1]), "its bias is 0"
     assert all(relative_error(plain[:, h : h + 1], fast[:, h : h + 1].double()) > 1e-3 for h in range(1, QUERY_HEADS))
 
