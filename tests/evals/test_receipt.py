@@ -249,6 +249,13 @@ def test_pins_that_leave_nothing_to_read_are_said(model):
     assert skipped == "the prompt has 400 tokens; at least 430 are needed to read packed ones"
 
 
+def test_a_run_that_moved_attention_has_no_receipt(model):
+    cache = PackedCache(model, pin_bias=1.0)
+    model.generate(ids(PROMPT), past_key_values=cache, max_new_tokens=2, do_sample=False)
+    with pytest.raises(UnsupportedInput, match="pin_bias moves attention"):
+        receipt(model, ids(PROMPT), cache)
+
+
 def test_two_prompts_at_once_are_refused(model):
     with pytest.raises(UnsupportedInput, match="one text"):
         second_pass(model, ids(300).expand(2, -1), "occam")

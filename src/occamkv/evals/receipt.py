@@ -144,9 +144,11 @@ def receipt(
         conditions: Machine, versions, date and command.
 
     Raises:
-        UnsupportedInput: `ids` is no single prompt.
+        UnsupportedInput: `ids` is no single prompt, or the cache has a `pin_bias`.
     """
     held = [layer.cache for layer in cache.layers if isinstance(layer, PackedLayer) and layer.cache is not None]
+    if any(layer.pin_bias is not None for layer in held):
+        raise UnsupportedInput("pin_bias moves attention, so the full cache is no measure of this run. Leave it out.")
     for layer in held:
         layer.commit()  # a short last step would wait for the next one
     if proof is None:
