@@ -7,9 +7,7 @@ from statistics import median
 
 from occamkv.analysis.result import LayerAnalysis
 from occamkv.cache import LayerPlan
-
-LOW_NORM = 0.5
-"""A sink whose K norm is below this share of the median makes Token Norm Imbalance, as in `ops.outliers`."""
+from occamkv.ops.outliers import SHORT_KEY
 
 _HURTS, _HELPS = 0.8, 1.25  # gains of a plain rotation that are more than noise
 
@@ -54,12 +52,12 @@ def _sinks(layers: Sequence[LayerAnalysis]) -> str:
     if not with_sink:
         return f"No attention sinks: in none of {_count(layers)} does a head look at one token most of the time."
     main = [min(layer.sinks, key=lambda sink: sink.k_norm) for layer in with_sink]
-    low = [sink for sink in main if sink.k_norm < LOW_NORM]
+    low = [sink for sink in main if sink.k_norm < SHORT_KEY]
     typical, first = median(sink.k_norm for sink in main), main[len(main) // 2]
     told = f"the K norm of token {first.position} ({first.token!r}) is {typical:.2f} of the median token's"
     if 2 * len(low) > len(main):
         return f"Low-norm sinks in K: in {len(low)} of {_count(layers)} {told}."
-    few = [layer.index for layer, sink in zip(with_sink, main, strict=True) if sink.k_norm < LOW_NORM]
+    few = [layer.index for layer, sink in zip(with_sink, main, strict=True) if sink.k_norm < SHORT_KEY]
     return f"No low-norm sinks in K{f' (but in layer{_s(few)} {_listed(few)})' if few else ''}: {told}."
 
 

@@ -12,7 +12,10 @@ from occamkv.ops.norms import token_norm
 BLOCK_TOKENS = 32
 """Tokens that are compared with each other."""
 
-_SHORT_VALUE, _SHORT_KEY, _LONG_KEY = 0.4, 0.5, 1.6  # in units of the median of the block
+SHORT_KEY = 0.5
+"""A K norm below so many medians is low."""
+
+_SHORT_VALUE, _LONG_KEY = 0.4, 1.6  # in units of the median of the block
 
 
 def outliers(k: Tensor, v: Tensor) -> Tensor:
@@ -28,7 +31,7 @@ def outliers(k: Tensor, v: Tensor) -> Tensor:
     k_norm, v_norm = (token_norm(x[None])[0].unflatten(0, (-1, BLOCK_TOKENS)) for x in (k, v))
     k_ratio, v_ratio = (n / n.median(1, keepdim=True).values.clamp_min(1e-30) for n in (k_norm, v_norm))
     factors = torch.stack(
-        (_SHORT_VALUE / v_ratio.clamp_min(1e-9), _SHORT_KEY / k_ratio.clamp_min(1e-9), k_ratio / _LONG_KEY)
+        (_SHORT_VALUE / v_ratio.clamp_min(1e-9), SHORT_KEY / k_ratio.clamp_min(1e-9), k_ratio / _LONG_KEY)
     ).amax(0)
     return torch.where(factors > 1, factors, 0.0).flatten()
 

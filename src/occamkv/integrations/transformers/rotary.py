@@ -59,7 +59,7 @@ def key_biases(model: nn.Module) -> dict[int, KeyBias]:
     vectors = dict[int, Tensor]()
     for index, module in attention_modules(decoders(model)[-1]):
         bias, head_dim = getattr(getattr(module, "k_proj", None), "bias", None), getattr(module, "head_dim", None)
-        if bias is not None and head_dim and bool(bias.any()):
+        if bias is not None and head_dim and not bias.is_meta and bool(bias.any()):  # offloaded ones have no values
             vectors[index] = bias.detach().float().cpu().unflatten(0, (-1, head_dim))
     rotaries = model_rotaries(model) if vectors else {}
     return {
