@@ -89,8 +89,19 @@ def untouched(name: str) -> Tensor:
     return logits(built(name), name)
 
 
+def skip_where_implementations_differ(name: str) -> None:
+    """Skip where transformers itself has one result for eager attention and another for sdpa, which we go by."""
+    model = built(name)
+    if model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
+        if difference(logits(model, name), untouched(name)) > ROUNDING:
+            pytest.skip(f"eager attention and sdpa of transformers {transformers.__version__} differ for this model")
+
+
 @every_model
 def test_while_nothing_is_packed_the_logits_are_those_of_eager_code(name):
+    if name == "doge, whose mask is made of V":
+        skip_where_implementations_differ(name)
     model = built(name)
     with occamkv.attach(model, METHOD, min_tokens=ABOVE_ALL) as handle:
         assert difference(logits(model, name), untouched(name)) < ROUNDING
