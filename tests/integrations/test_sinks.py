@@ -4,6 +4,7 @@ import functools
 from dataclasses import replace
 
 import pytest
+import transformers
 from torch import Tensor, nn
 
 import occamkv
