@@ -44,9 +44,10 @@ check: $(DEV_STAMP) ## the fast checks, before every commit: format, lint, layer
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy src
-	$(PYTEST_TWO) -m "not slow and not model"
+	$(PYTEST_TWO) -m "not slow and not model and not emulator"
 
 test: check $(OLDEST_STAMP) ## what CI runs: check, the real models, the oldest supported transformers
+	$(PYTEST_TWO) -m "emulator and not slow"
 	$(PYTEST) -m "model and not slow"
 	$(MAKE) eval
 	@echo "With transformers $(OLDEST_TRANSFORMERS):"
