@@ -81,6 +81,7 @@ OKV_DEVICE float high_of(half2 x) { return half_to_float((u16)(x >> 16)); }
 
 OKV_DEVICE half2 multiply(half2 a, half2 b) { return to_half2(low_of(a) * low_of(b), high_of(a) * high_of(b)); }
 OKV_DEVICE half2 multiply_again(half2 a, half2 b) { return multiply(a, b); }
+OKV_DEVICE half2 negative(half2 x) { return x ^ 0x80008000u; }
 OKV_DEVICE half2 multiply_add(half2 a, half2 b, half2 c) {
   return to_half2(low_of(a) * low_of(b) + low_of(c), high_of(a) * high_of(b) + high_of(c));
 }

@@ -31,6 +31,12 @@ OKV_DEVICE half2 multiply_again(half2 a, half2 b) {
   return r;
 }
 
+OKV_DEVICE half2 negative(half2 x) {
+  half2 r;
+  asm("neg.f16x2 %0,%1;" : "=r"(r) : "r"(x));
+  return r;
+}
+
 OKV_DEVICE half2 multiply_add(half2 a, half2 b, half2 c) {
   half2 r;
   asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));

@@ -45,8 +45,8 @@ OKV_DEVICE constexpr half2 two_to_the(int exponent) { return both((u32)(15 + exp
 constexpr float CODE_UNIT = 16777216.0f;  // 2 ** 24
 
 // What keeps products of float16 in range. q: below 2 ** Q_EXPONENT in every query row, so that q times a scale of K
-// (a float8 / 256, at most 127 with token scale, 4094 without) stays below 65504. p: times 2 ** P_EXPONENT, and the scale
-// of V is at most 1023. `layout.py` refuses other records.
+// (a float8 / 256, at most 127 with token scale, 4094 without) stays below 65504. p: times 2 ** P_EXPONENT, and the
+// scale of V is at most 1023. `layout.py` refuses other records.
 constexpr int Q_EXPONENT = SMALL_METADATA ? 14 : NORM_BYTES ? 9 : 4;
 constexpr int P_EXPONENT = SMALL_METADATA ? 13 : 6;
 constexpr int SCALE_EXPONENT = SMALL_METADATA ? 8 : 0;  // float8 e4m3 bits, moved into a float16, stand for 1 / 256

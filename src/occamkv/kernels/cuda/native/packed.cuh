@@ -53,6 +53,11 @@ struct Seen {
   }
 };
 
+// 3.5 or 7.5, times 2 ** shift
+OKV_DEVICE constexpr half2 middle_code(int shift) {
+  return both((K_BITS == 4 ? 0x4780u : 0x4300u) + (u32)(shift << 10));
+}
+
 // sums[t]: codes times q times scale, of tokens 16 t + row and + 8; minimums: minimum times q, of any token.
 template <int STEP>
 OKV_DEVICE void k_step(const Codes<K_BITS> &codes, const Queries &q, const KMetadata &scale, const KMetadata &minimum,
@@ -74,6 +79,12 @@ OKV_DEVICE void k_step(const Codes<K_BITS> &codes, const Queries &q, const KMeta
     const half2 q_low = LOW ? multiply_again(low, two_to_the(LOW)) : low;
     const half2 q_high = HIGH ? multiply_again(high, two_to_the(HIGH)) : high;
     multiply_tiles(minimums, a, a, b, b, q_low, q_high);
+    if constexpr (K_BITS > 2) {  // what rounding q times scale has lost counts with the middle code, which is large
+      const half2 lost_low = multiply_add(low, scale.template scale<K>(), negative(scaled_low));
+      const half2 lost_high = multiply_add(high, scale.template scale<K + 1>(), negative(scaled_high));
+      constexpr half2 MIDDLE_LOW = middle_code(LOW), MIDDLE_HIGH = middle_code(HIGH);
+      multiply_tiles(minimums, MIDDLE_LOW, MIDDLE_LOW, MIDDLE_HIGH, MIDDLE_HIGH, lost_low, lost_high);
+    }
   }
 }
 
