@@ -188,3 +188,4 @@ extern "C" const char *occamkv_attend(const occam::Arguments *arguments, int bat
 
 extern "C" int occamkv_arguments_bytes() { return (int)sizeof(occam::Arguments); }
 extern "C" int occamkv_record_bytes() { return occam::RECORD_BYTES; }
+extern "C" int occamkv_shared_bytes() { return (int)sizeof(occam::Shared); }

@@ -38,12 +38,12 @@ OKV_DEVICE void leave(const Place &at, bool packed, Running &running, Merge &mer
 }
 
 OKV_DEVICE float *partial_sums(const Arguments &a, const Place &at, int split) {
-  const i64 row = ((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile;
+  const i64 row = ((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a);
   return a.partial_sums + (row * a.splits + split) * (COLUMNS * HEAD_DIM);
 }
 
 OKV_DEVICE float *partial_softmax(const Arguments &a, const Place &at, int split) {
-  const i64 row = ((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile;
+  const i64 row = ((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a);
   return a.partial_softmax + (row * a.splits + split) * (COLUMNS * 2);
 }
 
@@ -66,8 +66,8 @@ OKV_DEVICE void add_warps(const Arguments &a, const Place &at, Shared &shared) {
       shared.q[column][d] = sum;
       if (d == 0) shared.largest[column] = largest, shared.weight[column] = weight;
     } else {
-      partial_sums(a, at, at.split)[i] = sum;
-      float *softmax = partial_softmax(a, at, at.split) + 2 * column;
+      partial_sums(a, at, at.split(a))[i] = sum;
+      float *softmax = partial_softmax(a, at, at.split(a)) + 2 * column;
       if (d == 0) softmax[0] = largest, softmax[1] = weight;
     }
   }
@@ -79,7 +79,7 @@ OKV_DEVICE bool is_last(const Arguments &a, const Place &at, Shared &shared) {
   fence();
   barrier();
   if (thread() == 0) {
-    u32 *counter = &a.counters[((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile];
+    u32 *counter = &a.counters[((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a)];
     shared.is_last = count_up(counter) == (u32)a.splits - 1;
     if (shared.is_last) *counter = 0;  // for the next call
   }
@@ -134,10 +134,10 @@ OKV_DEVICE void finish(const Arguments &a, const Place &at, Shared &shared) {
 }
 
 OKV_DEVICE void attend(const Arguments &a, Shared &shared) {
-  const Place at(a);
+  const Place at;
   load_queries(a, at, shared);
   Running running;
-  const bool packed = at.split < a.packed_splits;
+  const bool packed = at.split(a) < a.packed_splits;
   if (packed) take_packed(a, at, shared, running);
   else take_full(a, at, shared, running);
   leave(at, packed, running, shared.merge);

@@ -13,7 +13,14 @@ namespace occam {
 typedef u32 half2;  // two float16, the first in the low bits
 
 OKV_DEVICE int thread() { return (int)threadIdx.x; }
-OKV_DEVICE int block_x() { return (int)blockIdx.x; }
+
+// Asked again, not kept in a register, wherever it is wanted.
+OKV_DEVICE int block_x() {
+  int x;
+  asm volatile("mov.u32 %0,%%ctaid.x;" : "=r"(x));
+  return x;
+}
+
 OKV_DEVICE int block_y() { return (int)blockIdx.y; }
 OKV_DEVICE int block_z() { return (int)blockIdx.z; }
 OKV_DEVICE void barrier() { __syncthreads(); }

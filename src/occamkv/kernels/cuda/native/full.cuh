@@ -111,7 +111,7 @@ OKV_DEVICE void take_full(const Arguments &a, const Place &at, const Shared &sha
   for (int number = 0; number < a.part_count; number++) {
     const Part &part = a.parts[number];
     const int tiles = (part.tokens + 15) / 16;
-    const int own = (at.split - a.packed_splits) * WARPS + at.warp, step = splits * WARPS;
+    const int own = (at.split(a) - a.packed_splits) * WARPS + at.warp, step = splits * WARPS;
     for (int i = ((own - skipped) % step + step) % step; i < tiles; i += step) {
       const FullTile tile(part, at, 16 * i);
       float logits[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};

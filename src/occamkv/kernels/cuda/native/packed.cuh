@@ -35,9 +35,8 @@ struct Queries {
 // The packed tokens that the columns see: none outside `first` .. `end`, all inside `inner_first` .. `inner_end`.
 struct Seen {
   int first = 0x7fffffff, end = 0, inner_first = 0, inner_end = 0x7fffffff;
-  int own_first[2], own_end[2];
 
-  OKV_DEVICE Seen(const Shared &shared, const Place &at) {
+  OKV_DEVICE explicit Seen(const Shared &shared) {
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
       if (shared.position[c] == -2) continue;
@@ -48,8 +47,6 @@ struct Seen {
       inner_first = inner_first > shared.first[c] ? inner_first : shared.first[c];
       inner_end = inner_end < shared.end[c] ? inner_end : shared.end[c];
     }
-#pragma unroll
-    for (int c = 0; c < 2; c++) own_first[c] = shared.first[2 * at.pair + c], own_end[c] = shared.end[2 * at.pair + c];
   }
 };
 
@@ -160,8 +157,8 @@ OKV_DEVICE float norm_of(const Stage &stage, int token) {
 }
 
 // 32 tokens of one warp; `token` is the first one's number in the sequence.
-OKV_DEVICE void take_tokens(const Arguments &a, const Stage &stage, const Place &at, const Queries &q, const Seen &seen,
-                            int token, Running &running) {
+OKV_DEVICE void take_tokens(const Arguments &a, const Shared &shared, const Stage &stage, const Place &at,
+                            const Queries &q, const Seen &seen, int token, Running &running) {
   const int number = at.warp / SUBGROUPS, subgroup = at.warp % SUBGROUPS;
   const u8 *record = stage.page + number * RECORD_BYTES;
   float k_super = 1.0f, v_super = 1.0f;
@@ -191,12 +188,17 @@ OKV_DEVICE void take_tokens(const Arguments &a, const Stage &stage, const Place 
 #endif
   if (token < seen.inner_first || token + 32 > seen.inner_end)
 #pragma unroll
-    for (int t = 0; t < 2; t++)
+    for (int c = 0; c < 2; c++) {
+      const int column = 2 * at.pair + c, own = token + at.row;
+      const int first = shared.first[column] - own, end = shared.end[column] - own;
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int own = token + 16 * t + 8 * (i >> 1) + at.row;
-        if (own < seen.own_first[i & 1] || own >= seen.own_end[i & 1]) logits[t][i] = HIDDEN;
-      }
+      for (int t = 0; t < 2; t++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const bool visible = (first <= 16 * t + 8 * half) & (16 * t + 8 * half < end);
+          logits[t][2 * half + c] = visible ? logits[t][2 * half + c] : HIDDEN;
+        }
+    }
   half2 p[4];
   running.take(logits, p, v_super * power(P_EXPONENT));
   take_values(record, subgroup, at, p, v_unit, running);
@@ -204,11 +206,11 @@ OKV_DEVICE void take_tokens(const Arguments &a, const Stage &stage, const Place 
 
 // The share of the pages that belongs to one split.
 OKV_DEVICE void take_packed(const Arguments &a, const Place &at, Shared &shared, Running &running) {
-  const Seen seen(shared, at);
+  const Seen seen(shared);
   const int first_page = seen.first < seen.end ? seen.first / PAGE_TOKENS : 0;
   const int pages = (seen.end + PAGE_TOKENS - 1) / PAGE_TOKENS - first_page;
   const int share = (pages + a.packed_splits - 1) / a.packed_splits;
-  const int first = first_page + at.split * share;
+  const int first = first_page + at.split(a) * share;
   const int end = first + share < first_page + pages ? first + share : first_page + pages;
   Ring ring(a, at, shared, first, end);
   Queries q(shared, at);
@@ -217,7 +219,7 @@ OKV_DEVICE void take_packed(const Arguments &a, const Place &at, Shared &shared,
   for (int i = 0; i < end - first; i++) {
     const Stage &stage = ring.page(i);
     const int token = (first + i) * PAGE_TOKENS + 32 * at.warp;
-    if (token < seen.end && token + 32 > seen.first) take_tokens(a, stage, at, q, seen, token, running);
+    if (token < seen.end && token + 32 > seen.first) take_tokens(a, shared, stage, at, q, seen, token, running);
     ring.settle();
   }
 }

@@ -7,13 +7,13 @@ namespace occam {
 struct Ring {
   const Arguments &a;
   Shared &shared;
-  const i64 *numbers;  // of the pages of this block
+  i64 first;  // of this block, in the table
   int head, count;
-  i64 next;  // number of the page that is copied next, known one turn ahead
+  int next;  // number of the page that is copied next, known one turn ahead
 
-  OKV_DEVICE Ring(const Arguments &arguments, const Place &at, Shared &memory, int first, int end)
-      : a(arguments), shared(memory), numbers(a.table + (i64)at.batch * a.table_width + first), head(at.head),
-        count(end - first), next(count > 0 ? numbers[0] : 0) {
+  OKV_DEVICE Ring(const Arguments &arguments, const Place &at, Shared &memory, int start, int end)
+      : a(arguments), shared(memory), first((i64)at.batch * a.table_width + start), head(at.head),
+        count(end - start), next(count > 0 ? (int)a.table[first] : 0) {
 #if OKV_BULK
     if (thread() == 0) {
 #pragma unroll
@@ -38,8 +38,8 @@ struct Ring {
   }
 
   OKV_DEVICE void start(int i, Stage &to) {
-    const i64 number = next;
-    if (i + 1 < count) next = numbers[i + 1];
+    const int number = next;
+    if (i + 1 < count) next = (int)a.table[first + i + 1];
     int slab = a.slab_count - 1;
 #pragma unroll 1
     while (a.slabs[slab].start > number) slab--;

@@ -36,20 +36,22 @@ struct Shared {
 // Where this thread stands: a block reads some tokens of KV head `head` for 8 of its query rows.
 struct Place {
   int lane, warp, row, pair;  // lane = 4 row + pair
-  int batch, head, tile, split;
+  int batch, head;
 
-  OKV_DEVICE explicit Place(const Arguments &a)
-      : lane(thread() & 31), warp(thread() >> 5), row(lane >> 2), pair(lane & 3), batch(block_z()), head(block_y()),
-        tile(block_x() % a.tiles), split(block_x() / a.tiles) {}
+  OKV_DEVICE Place()
+      : lane(thread() & 31), warp(thread() >> 5), row(lane >> 2), pair(lane & 3), batch(block_z()), head(block_y()) {}
+
+  OKV_DEVICE int tile(const Arguments &a) const { return block_x() % a.tiles; }
+  OKV_DEVICE int split(const Arguments &a) const { return block_x() / a.tiles; }
 
   OKV_DEVICE int group_rows(const Arguments &a) const { return a.query_heads / a.kv_heads * a.queries; }
-  OKV_DEVICE bool is_row(const Arguments &a, int column) const { return COLUMNS * tile + column < group_rows(a); }
+  OKV_DEVICE bool is_row(const Arguments &a, int column) const { return COLUMNS * tile(a) + column < group_rows(a); }
 
   OKV_DEVICE int query_head(const Arguments &a, int column) const {
-    return head * (a.query_heads / a.kv_heads) + (COLUMNS * tile + column) / a.queries;
+    return head * (a.query_heads / a.kv_heads) + (COLUMNS * tile(a) + column) / a.queries;
   }
 
-  OKV_DEVICE int query(const Arguments &a, int column) const { return (COLUMNS * tile + column) % a.queries; }
+  OKV_DEVICE int query(const Arguments &a, int column) const { return (COLUMNS * tile(a) + column) % a.queries; }
 };
 
 OKV_DEVICE float load_float(const void *x, i64 index, int dtype) {
