@@ -5,7 +5,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from occamkv.errors import UnsupportedFormat
 from occamkv.formats import Format
-from occamkv.formats.records import decode_pages
-from occamkv.kernels import FullTokens, PackedTokens, blockwise
-from occamkv.kernels.cuda import layout
-from occamkv.kernels.cuda.call import MAX_QUERIES, Arguments, Call, Options, check_places, definitions, prepare
+from occamkv.kernels import PackedTokens
+from occamkv.kernels.cuda import attend, layout, refuses_format
+from occamkv.kernels.cuda.call import Arguments, Call, check_places, definitions
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "cuda"
@@ -63,42 +62,28 @@ def native(packed: PackedTokens) -> PackedTokens:
 
 
 class Emulated:
-    """A backend for tests. `packed_splits` and the order of blocks can be chosen; `bulk`: copies as on sm_90."""
+    """A backend for tests. `order`: of blocks; `bulk`: copies as on sm_90."""
 
     name = "cuda"
 
     def __init__(self, *, packed_splits: int = 2, bulk: bool = False, order: int = 0) -> None:
         self.packed_splits, self.bulk, self.order = packed_splits, bulk, order
 
-    def run(self, call: Call, format: Format, head_dim: int) -> Tensor:
+    def launch(self, call: Call, format: Format, head_dim: int) -> None:
         macros = definitions(format, head_dim=head_dim, softcap=True) | {"BULK": int(self.bulk)}
         failure = build(**macros).occamkv_attend(ctypes.byref(call.arguments), call.grid[2], self.order)
         assert failure is None, failure.decode()
-        return call.out
 
-    def attend(
-        self,
-        q: Tensor,
-        *,
-        q_positions: Tensor,
-        packed: PackedTokens | None,
-        full: Sequence[FullTokens],
-        mask: Tensor | None = None,
-        key_bias: Any = None,
-        **options: Any,
-    ) -> Tensor:
-        """See `occamkv.kernels.blockwise.attend`, which takes what the kernel is not made for."""
-        given = {"q_positions": q_positions, "packed": packed, "full": full}
-        if key_bias is not None and not len(key_bias.rotary.frequencies):
-            key_bias = None
-        if mask is not None or key_bias is not None or q.shape[2] > MAX_QUERIES:
-            return blockwise.attend(q, **given, mask=mask, key_bias=key_bias, read=decode_pages, **options)
-        given["packed"] = None if packed is None else native(packed)
-        call = prepare(q, **given, options=Options(**options), packed_splits=self.packed_splits)
+    def attend(self, q: Tensor, *, packed: PackedTokens | None, **given: Any) -> Tensor:
+        """See `occamkv.kernels.blockwise.attend`. Records are canonical here."""
         if packed is not None:
-            check_places(packed)
-        call.out.fill_(float("nan"))
-        for memory in call.keep[2:4]:
-            memory.fill_(float("nan"))
-        format = Format() if packed is None else packed.format
-        return self.run(call, format, q.shape[3]).to(q.dtype)
+            if reason := refuses_format(packed.format):
+                raise UnsupportedFormat(reason)
+            packed = native(packed)
+
+        def launch(call: Call, format: Format, head_dim: int) -> None:
+            if packed is not None:
+                check_places(packed)
+            self.launch(call, format, head_dim)
+
+        return attend(q, packed=packed, launch=launch, packed_splits=self.packed_splits, **given)

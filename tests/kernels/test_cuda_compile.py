@@ -24,15 +24,7 @@ LOOP_INSTRUCTIONS = 75
 INT2 = Format(token_scale=True)
 
 
-def missing() -> str | None:
-    try:
-        building._nvrtc()
-    except BackendUnavailable as reason:
-        return str(reason)
-    return None
-
-
-needs_nvrtc = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+needs_nvrtc = pytest.mark.skipif(building.unavailable() is not None, reason=str(building.unavailable()))
 
 
 def macros_of(

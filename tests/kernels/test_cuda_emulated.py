@@ -10,17 +10,21 @@ import torch
 import emulated_cuda
 from attention_truth import attention, relative_error
 from emulated_cuda import Emulated
+from occamkv import kernels
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import Format
-from occamkv.kernels import FullTokens
-from occamkv.kernels.cuda.call import MAX_PARTS
+from occamkv.kernels import FullTokens, cuda
+from occamkv.kernels.cuda.attention import splits_for
+from occamkv.kernels.cuda.building import ARCHITECTURES
+from occamkv.kernels.cuda.call import MAX_PARTS, MAX_QUERIES
+from occamkv.kernels.cuda.launching import architecture_of
 from occamkv.methods import Method
 from scattered_pages import scatter
 from some_attention import METHODS, RAGGED, Case, Held, make_case, pack, unpacked
 
 pytestmark = pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
 
-OSCAR = METHODS["oscar"]
+OSCAR, BYTES = METHODS["oscar"], METHODS["kivi-k3v4-with-8-bit-metadata"]
 SHAPES = (
     (64, 32),
     (128, 32),
@@ -156,10 +160,67 @@ def test_keys_and_queries_of_any_size(name, size):
 # -- what is refused ---------------------------------------------------------------------------------------------
 
 
-def test_more_parts_than_the_kernel_takes_are_refused():
-    case = make_case(OSCAR)
-    with pytest.raises(UnsupportedInput, match=f"{MAX_PARTS + 1} parts"):
-        replace(case, full=[case.full[0]] * (MAX_PARTS + 1)).attend(Emulated())
+def test_what_the_kernel_is_not_made_for_goes_through_torch_on_native_records(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Emulated, "launch", lambda *given: calls.append(given))
+    case = make_case(BYTES, held=RAGGED)
+    cut = [
+        FullTokens(part.k[:, :, start::2], part.v[:, :, start::2], part.positions[:, start::2])
+        for part in case.full
+        for start in (0, 1)
+    ]
+    assert len(cut) > MAX_PARTS
+    replace(case, full=cut).check(Emulated())
+    make_case(BYTES, queries=MAX_QUERIES + 1).check(Emulated())
+    assert not calls
+    with pytest.raises(AssertionError):
+        make_case(BYTES, queries=MAX_QUERIES).check(Emulated())
+    assert calls
+
+
+def test_a_batch_of_none_is_no_launch(monkeypatch):
+    monkeypatch.setattr(Emulated, "launch", None)
+    none = torch.zeros(0, 2, 1, 64)
+    full = FullTokens(none, none, torch.zeros(0, 1).long())
+    out = Emulated().attend(none, q_positions=torch.zeros(0, 1).long(), packed=None, full=[full])
+    assert out.shape == none.shape
+
+
+@pytest.mark.parametrize(
+    ("rows", "pages", "splits"),
+    [((1, 8), 1024, 66), ((1, 8), 32, 16), ((64, 8), 1024, 2), ((200, 8), 1024, 1), ((1, 8), 1, 1)],
+    ids=["one long", "one short", "many", "more than fit", "one page"],
+)
+def test_blocks_fill_the_gpu_and_read_two_pages_each(rows, pages, splits):
+    """132 processors with room for 4 blocks each."""
+    case = make_case(OSCAR, held=(Held(0, 1, 0),), heads=rows[1])
+    packed = replace(case.packed, table=torch.zeros(rows[0], pages, dtype=torch.int64))
+    assert splits_for(torch.zeros(rows[0], 4 * rows[1], 1, 64), packed, 132) == splits
+
+
+def test_the_backend_says_why_it_cannot_run_here():
+    cpu, format = torch.device("cpu"), OSCAR.packed_format
+    assert "not on cpu" in cuda.refuses(format, cpu)
+    assert "one for each token" in cuda.refuses(METHODS["rtn"].packed_format, torch.device("cuda"))
+    if not torch.cuda.is_available():
+        assert "no NVIDIA GPU" in cuda.refuses(format, torch.device("cuda"))
+    assert "cuda" not in kernels.BACKENDS, "it has not run on a GPU yet"
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [
+        ((7, 5), None),
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90a"),
+        ((10, 3), "sm_100"),
+        ((12, 1), "sm_120"),
+    ],
+)
+def test_what_a_card_runs(capability, architecture):
+    assert architecture_of(capability) == architecture
+    assert architecture is None or architecture in ARCHITECTURES
 
 
 @pytest.mark.parametrize(

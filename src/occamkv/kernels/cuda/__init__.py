@@ -1,8 +1,19 @@
-"""The CUDA backend in the making: its kernel, and what describes a call to it. It is not among the backends yet."""
+"""The CUDA backend in the making: attention. It is not among the backends until it has run on a GPU and can encode."""
+
+import torch
 
 from occamkv.formats import Format
+from occamkv.kernels.cuda.attention import attend
+from occamkv.kernels.cuda.launching import unavailable
 
-__all__ = ["refuses_format"]
+__all__ = ["attend", "name", "refuses", "refuses_format"]
+
+name = "cuda"
+
+
+def refuses(format: Format, device: torch.device, head_dim: int | None = None) -> str | None:
+    """Return why this backend cannot take `format` on `device`, one sentence, or None."""
+    return refuses_format(format) or unavailable(device)
 
 
 def refuses_format(format: Format) -> str | None:

@@ -83,6 +83,15 @@ def shared_bytes(format: Format, head_dim: int) -> int:
     return -(-(ring + columns + 8 * _STAGES + 4) // 128) * 128
 
 
+def unavailable() -> str | None:
+    """Return why nothing can be compiled here, one sentence, or None."""
+    try:
+        _nvrtc()
+    except BackendUnavailable as reason:
+        return str(reason)
+    return None
+
+
 @cache
 def _nvrtc() -> Any:
     try:

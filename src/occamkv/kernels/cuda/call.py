@@ -27,6 +27,9 @@ MAX_PARTS = 4
 EVERYTHING = 2**62
 """A window wider than any context."""
 
+THREADS = 128
+"""Of a block."""
+
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FULL_TILE = 16  # tokens that a warp reads at a time
 _WARPS = 4
