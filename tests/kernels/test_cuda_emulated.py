@@ -251,8 +251,8 @@ MUTATIONS = {
     "third bits of the other tile": ("codes.cuh", "tile ? third << 1 : third >> 7", "tile ? third >> 7 : third << 1"),
     "channels of scales exchanged": (
         "packed.cuh",
-        "multiply(low, scale.template scale<K>())",
-        "multiply(low, scale.template scale<K ^ 1>())",
+        "multiply(q[k], scales[k])",
+        "multiply(q[k], scales[k ^ 1])",
     ),
     "the norm of the next token": ("packed.cuh", "16 * t + 8 * half + at.row)", "16 * t + 8 * half + (at.row ^ 1))"),
     "a length one too long": ("shared.cuh", "count > length ? length : count", "count > length ? length : count + 1"),

@@ -55,32 +55,66 @@ OKV_DEVICE constexpr half2 middle_code(int shift) {
   return both((K_BITS == 4 ? 0x4780u : 0x4300u) + (u32)(shift << 10));
 }
 
-// sums[t]: codes times q times scale, of tokens 16 t + row and + 8; minimums: minimum times q, of any token.
+// sums[t]: codes times q times scale, of tokens 16 t + row and + 8.
 template <int STEP>
-OKV_DEVICE void k_step(const Codes<K_BITS> &codes, const Queries &q, const KMetadata &scale, const KMetadata &minimum,
-                       int block, float (&sums)[2][4], float (&minimums)[4]) {
-  constexpr int K = 2 * STEP, LOW = code_shift(K_BITS, STEP, 0), HIGH = code_shift(K_BITS, STEP, 1);
-  const half2 low = q.pairs[4 * block + K], high = q.pairs[4 * block + K + 1];
-  const half2 scaled_low = multiply(low, scale.template scale<K>());
-  const half2 scaled_high = multiply(high, scale.template scale<K + 1>());
+OKV_DEVICE void k_step(const Codes<K_BITS> &codes, const half2 (&scaled)[4], int block, float (&sums)[2][4]) {
 #pragma unroll
   for (int tile = 0; tile < 2; tile++) {
     const Quad x = codes.template quad<STEP>(block, tile);
-    multiply_tiles(sums[tile], x.low[0], x.low[1], x.high[0], x.high[1], scaled_low, scaled_high);
+    multiply_tiles(sums[tile], x.low[0], x.low[1], x.high[0], x.high[1], scaled[2 * STEP], scaled[2 * STEP + 1]);
   }
-  half2 a = minimum.template minimum<K>(), b = minimum.template minimum<K + 1>();
-  if constexpr (SMALL_METADATA) {  // in units of scale / 16
-    a = centred<LOW - 4>(a), b = centred<HIGH - 4>(b);
-    multiply_tiles(minimums, a, a, b, b, scaled_low, scaled_high);
+}
+
+// q times 2 ** code_shift again
+template <int K>
+OKV_DEVICE half2 plain(half2 q) {
+  constexpr int SHIFT = code_shift(K_BITS, K >> 1, K & 1);
+  return SHIFT ? multiply_again(q, two_to_the(SHIFT)) : q;
+}
+
+template <int K>
+OKV_DEVICE half2 plain_minimum(const KMetadata &minimum) {  // in units of scale / 16, and of 2 ** -code_shift
+  return centred<code_shift(K_BITS, K >> 1, K & 1) - 4>(minimum.template minimum<K>());
+}
+
+// What rounding q times scale has lost. It counts with the middle code, which is large for 3 and 4 bits.
+template <int STEP>
+OKV_DEVICE void add_lost(const half2 *q, const half2 (&scales)[4], const half2 (&scaled)[4], float (&sums)[4]) {
+  constexpr int K = 2 * STEP;
+  constexpr half2 LOW = middle_code(code_shift(K_BITS, STEP, 0)), HIGH = middle_code(code_shift(K_BITS, STEP, 1));
+  const half2 lost_low = multiply_add(q[K], scales[K], negative(scaled[K]));
+  const half2 lost_high = multiply_add(q[K + 1], scales[K + 1], negative(scaled[K + 1]));
+  multiply_tiles(sums, LOW, LOW, HIGH, HIGH, lost_low, lost_high);
+}
+
+// 32 channels. Products of minimum and q are the same for all tokens, so two tile products take the same registers:
+// what counts are the first rows of `lower` and the last of `upper`.
+OKV_DEVICE void k_block(const Codes<K_BITS> &codes, const Queries &queries, const u8 *record, const Place &at,
+                        int block, float (&sums)[2][4], float (&lower)[4], float (&upper)[4]) {
+  KMetadata scale, minimum;
+  scale.read(record + K_SCALE, block, at.pair);
+  minimum.read(record + K_MINIMUM, block, at.pair);
+  const half2 *q = queries.pairs + 4 * block;
+  const half2 scales[4] = {scale.template scale<0>(), scale.template scale<1>(), scale.template scale<2>(),
+                           scale.template scale<3>()};
+  half2 scaled[4];
+#pragma unroll
+  for (int k = 0; k < 4; k++) scaled[k] = multiply(q[k], scales[k]);
+  k_step<0>(codes, scaled, block, sums);
+  k_step<1>(codes, scaled, block, sums);
+  if constexpr (SMALL_METADATA) {
+    const half2 a = plain_minimum<0>(minimum), b = plain_minimum<1>(minimum);
+    const half2 c = plain_minimum<2>(minimum), d = plain_minimum<3>(minimum);
+    multiply_tiles(lower, a, c, b, d, scaled[0], scaled[1]);
+    multiply_tiles(upper, a, c, b, d, scaled[2], scaled[3]);
   } else {
-    const half2 q_low = LOW ? multiply_again(low, two_to_the(LOW)) : low;
-    const half2 q_high = HIGH ? multiply_again(high, two_to_the(HIGH)) : high;
-    multiply_tiles(minimums, a, a, b, b, q_low, q_high);
-    if constexpr (K_BITS > 2) {  // what rounding q times scale has lost counts with the middle code, which is large
-      const half2 lost_low = multiply_add(low, scale.template scale<K>(), negative(scaled_low));
-      const half2 lost_high = multiply_add(high, scale.template scale<K + 1>(), negative(scaled_high));
-      constexpr half2 MIDDLE_LOW = middle_code(LOW), MIDDLE_HIGH = middle_code(HIGH);
-      multiply_tiles(minimums, MIDDLE_LOW, MIDDLE_LOW, MIDDLE_HIGH, MIDDLE_HIGH, lost_low, lost_high);
+    const half2 a = minimum.template minimum<0>(), b = minimum.template minimum<1>();
+    const half2 c = minimum.template minimum<2>(), d = minimum.template minimum<3>();
+    multiply_tiles(lower, a, b, c, d, plain<0>(q[0]), plain<2>(q[2]));
+    multiply_tiles(upper, a, b, c, d, plain<1>(q[1]), plain<3>(q[3]));
+    if constexpr (K_BITS > 2) {
+      add_lost<0>(q, scales, scaled, lower);
+      add_lost<1>(q, scales, scaled, lower);
     }
   }
 }
@@ -133,17 +167,12 @@ OKV_DEVICE void take_values(const u8 *record, int subgroup, const Place &at, con
 }
 
 OKV_DEVICE void k_products(const u8 *record, int subgroup, const Place &at, const Queries &q, float (&logits)[2][4]) {
-  float minimums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float lower[4] = {0.0f, 0.0f, 0.0f, 0.0f}, upper[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   Codes<K_BITS> codes;
   codes.read(record + K_CODES + subgroup * (WIDTH * K_BITS * 4), at.lane);
 #pragma unroll
-  for (int block = 0; block < BLOCKS; block++) {
-    KMetadata scale, minimum;
-    scale.read(record + K_SCALE, block, at.pair);
-    minimum.read(record + K_MINIMUM, block, at.pair);
-    k_step<0>(codes, q, scale, minimum, block, logits, minimums);
-    k_step<1>(codes, q, scale, minimum, block, logits, minimums);
-  }
+  for (int block = 0; block < BLOCKS; block++) k_block(codes, q, record, at, block, logits, lower, upper);
+  const float minimums[2] = {lower[0] + upper[2], lower[1] + upper[3]};
 #pragma unroll
   for (int t = 0; t < 2; t++)
 #pragma unroll
