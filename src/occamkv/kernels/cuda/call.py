@@ -4,6 +4,7 @@ import ctypes
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -241,11 +242,11 @@ def _part(part: FullTokens, keep: list[Tensor]) -> Part:
 
 def _describe_packed(arguments: Arguments, packed: PackedTokens, q: Tensor, keep: list[Tensor]) -> None:
     batch = q.shape[0]
-    slabs = [
-        [start, *(_place(t, q) for t in _tensors(pages))]
+    slabs = tuple(
+        (start, *(_place(t, q) for t in _tensors(pages)))
         for start, pages in zip(packed.starts, packed.slabs, strict=True)
-    ]
-    arguments.slabs = _kept(torch.tensor(slabs, dtype=torch.int64).to(q.device), keep)
+    )
+    arguments.slabs = _kept(_slab_table(slabs, q.device), keep)
     arguments.slab_count = len(slabs)
     table = packed.table
     of_rows = (packed.lengths, packed.first_position)
@@ -263,6 +264,12 @@ def _describe_packed(arguments: Arguments, packed: PackedTokens, q: Tensor, keep
     arguments.lengths, arguments.first_position = (_kept(x.contiguous(), keep) for x in of_rows)
     for x in skips:
         arguments.skips, arguments.skip_count = _kept(x.contiguous(), keep), x.shape[1]
+
+
+@lru_cache(maxsize=1024)
+def _slab_table(slabs: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Return `Slab` structs on the device; one table as long as the pool does not grow, so no step waits for a copy."""
+    return torch.tensor(slabs, dtype=torch.int64).to(device)
 
 
 def _tensors(pages: Pages) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
