@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import emulated_cuda
 from occamkv.errors import BackendUnavailable
 from occamkv.formats import Format
 from occamkv.kernels.cuda import building
 from occamkv.kernels.cuda.call import definitions
+from some_attention import METHODS, Held, make_case
 
 REGISTERS = {4: 128, 3: 168, 2: 255, 1: 255}
 """At most, by thread blocks of a processor."""
@@ -158,4 +160,26 @@ def test_the_shared_memory_that_is_asked_for_is_what_the_kernel_uses(fields, hea
     library = emulated_cuda.build(**definitions(format, head_dim=head_dim, softcap=True), BULK=0)
     size = format.sections(head_dim).record_bytes
     assert library.occamkv_record_bytes() == size
-    assert library.occamkv_shared_bytes() == building.shared_bytes(format, head_dim)
+    assert library.occamkv_shared_bytes() == building.shared_bytes(format, head_dim, stages=3)
+
+
+@pytest.mark.parametrize("architecture", building.ARCHITECTURES)
+def test_a_block_fits_the_shared_memory_of_every_card(architecture):
+    """By NVIDIA's tables of compute capabilities: 163 KiB on 8.0, 99 on 8.6, 8.9 and 12.0, 227 on the others."""
+    most = {"sm_80": 163, "sm_90a": 227, "sm_100": 227}.get(architecture, 99) * 1024
+    held = set()
+    for format, head_dim, _ in OTHERS:
+        stages = macros_of(format, head_dim, architecture=architecture)["STAGES"]
+        assert building.shared_bytes(format, head_dim, stages=stages) <= most
+        held.add(stages)
+    assert (2 in held) == (most == 99 * 1024)
+
+
+@pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
+@pytest.mark.parametrize("bulk", [False, True], ids=["copies", "bulk copies"])
+def test_two_pages_in_shared_memory_give_the_same_bits_as_three(bulk, monkeypatch):
+    case = make_case(METHODS["oscar"], held=(Held(2, 30, 20),))
+    first = case.attend(emulated_cuda.Emulated(packed_splits=1, bulk=bulk))
+    build = emulated_cuda.build
+    monkeypatch.setattr(emulated_cuda, "build", lambda **macros: build(**macros, STAGES=2))
+    assert torch.equal(case.attend(emulated_cuda.Emulated(packed_splits=1, bulk=bulk)), first)

@@ -18,17 +18,22 @@ SOURCES = Path(__file__).parent / "native"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What the kernel is compiled for in tests. Cards between two of them run the code of the lower one."""
 
-_COLUMNS, _WARPS, _STAGES = 8, 4, 3  # as in native/layout.cuh and native/shared.cuh
+_COLUMNS, _WARPS = 8, 4  # as in native/layout.cuh and native/shared.cuh
 _SHARED_BYTES = {"sm_80": 164, "sm_90a": 228, "sm_100": 228}  # KiB of a processor; 100 on the others
+_SYSTEM_BYTES = 1024  # of each block
 
 
 def macros_for(format: Format, *, head_dim: int, softcap: bool, architecture: str) -> dict[str, int]:
-    """Return all macros, without `OKV_`, that the kernel is compiled with: also how many blocks share a processor."""
-    own = shared_bytes(format, head_dim) + 1024  # what the system takes of each block
-    fit = _SHARED_BYTES.get(architecture, 100) * 1024 // own
+    """Return all macros, without `OKV_`, that the kernel is compiled with.
+
+    Those beyond `call.definitions` say how many blocks share a processor, and how many pages a block holds.
+    """
+    capacity = _SHARED_BYTES.get(architecture, 100) * 1024
+    stages = 3 if shared_bytes(format, head_dim, stages=3) + _SYSTEM_BYTES <= capacity else 2
+    fit = capacity // (shared_bytes(format, head_dim, stages=stages) + _SYSTEM_BYTES)
     by_registers = 4 if padded(head_dim) <= 128 else 2
     blocks = max(1, min(by_registers, fit))
-    return definitions(format, head_dim=head_dim, softcap=softcap) | {"MIN_BLOCKS": blocks}
+    return definitions(format, head_dim=head_dim, softcap=softcap) | {"MIN_BLOCKS": blocks, "STAGES": stages}
 
 
 def build(macros: dict[str, int], architecture: str) -> bytes:
@@ -72,15 +77,15 @@ def compile_source(macros: dict[str, int], architecture: str) -> tuple[bytes, st
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def shared_bytes(format: Format, head_dim: int) -> int:
+def shared_bytes(format: Format, head_dim: int, *, stages: int) -> int:
     """Return the bytes of shared memory of a thread block, `Shared` of native/shared.cuh."""
     row = 4 * (padded(head_dim) + 4)
     page = format.page_records * format.sections(head_dim).record_bytes
     stage = page + max(16, PAGE_TOKENS * format.norm_bytes) + 16
     merge = _WARPS * _COLUMNS * (row + 4 * 2 + 4 * 8)
-    ring = -(-max(_STAGES * stage, merge) // 128) * 128
+    ring = -(-max(stages * stage, merge) // 128) * 128
     columns = _COLUMNS * (row + 8 + 4 * 4)
-    return -(-(ring + columns + 8 * _STAGES + 4) // 128) * 128
+    return -(-(ring + columns + 8 * stages + 4) // 128) * 128
 
 
 def unavailable() -> str | None:

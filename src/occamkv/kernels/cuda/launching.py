@@ -49,17 +49,17 @@ def launch(call: Call, format: Format, head_dim: int) -> None:
     softcap = call.arguments.softcap > 0
     with torch.cuda.device(call.out.device):
         index = torch.cuda.current_device()
-        function = _function(format, head_dim, index, softcap=softcap)
+        function, shared = _function(format, head_dim, index, softcap=softcap)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))
         stream = torch.cuda.current_stream().cuda_stream
-        shared = building.shared_bytes(format, head_dim)
         driver = _driver()
         address = ctypes.addressof(parameters)
         _check(driver.cuLaunchKernel(function, *call.grid, THREADS, 1, 1, shared, stream, address, 0))
 
 
 @cache
-def _function(format: Format, head_dim: int, index: int, *, softcap: bool) -> Any:
+def _function(format: Format, head_dim: int, index: int, *, softcap: bool) -> tuple[Any, int]:
+    """Return the kernel, and the bytes of shared memory that it is launched with."""
     driver = _driver()
     architecture = architecture_of(torch.cuda.get_device_capability(index))
     if architecture is None:
@@ -68,8 +68,9 @@ def _function(format: Format, head_dim: int, index: int, *, softcap: bool) -> An
     module = _check(driver.cuModuleLoadData(building.build(macros, architecture)))
     function = _check(driver.cuModuleGetFunction(module, b"occamkv_attend"))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(function, attribute, building.shared_bytes(format, head_dim)))
-    return function
+    shared = building.shared_bytes(format, head_dim, stages=macros["STAGES"])
+    _check(driver.cuFuncSetAttribute(function, attribute, shared))
+    return function, shared
 
 
 def _driver() -> Any:

@@ -4,7 +4,10 @@
 
 namespace occam {
 
-constexpr int STAGES = 3;
+#ifndef OKV_STAGES
+#define OKV_STAGES 3
+#endif
+constexpr int STAGES = OKV_STAGES;  // pages in shared memory
 constexpr int ROW = WIDTH + 4;  // floats of a row in shared memory
 
 struct Stage {
