@@ -95,17 +95,17 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
     return float((out.double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
-FIXED_POINT = ("cpu",)
-"""Backends that compute in 16-bit fixed point."""
+SHORT_FACTORS = ("cpu", "cuda")
+"""Backends that multiply 16-bit numbers: fixed point on CPUs, float16 on GPUs. Sums are exact or float32."""
 
 
 def allowed_error(backend: str, out: Tensor, truth: Tensor, *, bfloat16: Callable[[], Tensor]) -> float:
-    """What `assert_close` allows where queries are float32: 1e-5, and 1e-3 in fixed point.
+    """What `assert_close` allows where queries are float32: 1e-5, and 1e-3 with 16-bit factors.
 
-    Where logits are so large that this is too much to ask, a fixed-point backend must still have half the error of
-    torch's own attention in bfloat16, which `bfloat16()` returns.
+    Where logits are so large that this is too much to ask, such a backend must still have half the error of torch's own
+    attention in bfloat16, which `bfloat16()` returns.
     """
-    if backend not in FIXED_POINT:
+    if backend not in SHORT_FACTORS:
         return 1e-5
     return 1e-3 if relative_error(out, truth) < 1e-3 else 0.5 * relative_error(bfloat16(), truth)
 

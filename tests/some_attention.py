@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import emulated_cuda
 import slow_decoder
 from attention_truth import allowed_error, assert_close, attention, hadamard_matrix, relative_error, torch_attention
 from occamkv import kernels
 from occamkv.formats.records import Records, encode, to_groups
 from occamkv.kernels import FullTokens, PackedTokens
 from occamkv.kernels.cpu import library
+from occamkv.kernels.cuda import refuses_format
 from occamkv.methods import Method, method
 from occamkv.methods.crossing import Statistics
 from scattered_pages import scatter
@@ -55,13 +57,20 @@ DEFAULT_TARGETS = tuple(name for name in TARGETS if name not in CPU_TARGETS[1:])
 AVAILABLE = tuple(name for name in kernels.BACKENDS if name != "cpu" or not library.unavailable())
 """Backends that can run here: where the C++ library was not built, the CPU's cannot."""
 
+EMULATED = "emulated_cuda"
+"""The CUDA kernel, built for the CPU; see tests/cuda/emulator.h."""
+
 backends = pytest.mark.parametrize("backend", TARGETS, indirect=True)
+attend_backends = pytest.mark.parametrize("backend", [*TARGETS, EMULATED], indirect=True)
 default_backends = pytest.mark.parametrize("backend", DEFAULT_TARGETS, indirect=True)
 cpu_backends = pytest.mark.parametrize("backend", CPU_TARGETS, indirect=True)
 
 
 def backend_or_skip(name: str, form: Method, head_dim: int | None = None) -> kernels.Backend:
     """A backend, or a skip that gives its own reason."""
+    if name == EMULATED:
+        reason = emulated_cuda.missing() or refuses_format(form.packed_format)
+        return pytest.skip(reason) if reason else emulated_cuda.Emulated()
     reason = kernels.backend(name).refuses(form.packed_format, torch.device("cpu"), head_dim)
     return pytest.skip(reason) if reason else kernels.backend(name)
 
@@ -103,13 +112,16 @@ class Case:
         where = {"q_positions": self.q_positions, "positions": self.positions, **options}
         truth = attention(self.q.double(), self.k, self.v, **where)
         short = torch_attention(self.q, self.k.to(self.q.dtype), self.v.to(self.q.dtype), **where)
-        allowed = allowed_error(
-            getattr(backend, "name", ""),
-            out,
-            truth,
-            bfloat16=lambda: torch_attention(*(x.bfloat16() for x in (self.q, self.k, self.v)), **where),
-        )
-        assert_close(out, truth, torch_error=relative_error(short, truth), allowed=allowed)
+        torch_error = relative_error(short, truth)
+
+        def bfloat16() -> Tensor:
+            return torch_attention(*(x.bfloat16() for x in (self.q, self.k, self.v)), **where)
+
+        name = getattr(backend, "name", "")
+        allowed = allowed_error(name, out, truth, bfloat16=bfloat16)
+        if name == "cuda" and out.dtype == torch.float16:  # half the error of bfloat16, where float16 has less
+            torch_error = max(torch_error, relative_error(bfloat16(), truth) / 4)
+        assert_close(out, truth, torch_error=torch_error, allowed=allowed)
         blind = (truth == 0).all(-1)
         assert (out[blind] == 0).all(), "a query that sees nothing must give zeros"
         return truth

@@ -12,7 +12,19 @@ from occamkv import kernels
 from occamkv.errors import UnsupportedInput
 from occamkv.methods import Method
 from scattered_pages import clone_slabs, fill_behind, page_at
-from some_attention import DEFAULT_TARGETS, METHODS, RAGGED, TARGETS, Case, Held, backend_or_skip, backends, make_case
+from some_attention import (
+    DEFAULT_TARGETS,
+    EMULATED,
+    METHODS,
+    RAGGED,
+    TARGETS,
+    Case,
+    Held,
+    attend_backends,
+    backend_or_skip,
+    backends,
+    make_case,
+)
 from some_records import formats
 
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256)
@@ -30,8 +42,9 @@ def shapes():
         gqa, dtype = GQA[(m + d + QUERIES.index(queries)) % 3], DTYPES[(m + 2 * d) % 3]
         short = str(dtype).removeprefix("torch.")
         told = f"{name}-D{head_dim}-Tq{queries}-gqa{gqa}-{short}"
-        for target in TARGETS if queries < 9 else DEFAULT_TARGETS:
-            yield pytest.param(target, name, head_dim, queries, gqa, dtype, id=f"{target}-{told}")
+        for target in (*TARGETS, EMULATED) if queries < 9 else DEFAULT_TARGETS:
+            builds = [pytest.mark.emulator] if target == EMULATED and head_dim != 64 else []
+            yield pytest.param(target, name, head_dim, queries, gqa, dtype, id=f"{target}-{told}", marks=builds)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +108,7 @@ OPTIONS = {
 }
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", ["oscar", "quarot", "kivi-k3v4-with-8-bit-metadata"])
@@ -118,7 +131,7 @@ def test_twin_an_option_that_is_ignored_is_noticed(option):
         case.check(Deaf, **OPTIONS[option](*sizes(case)))
 
 
-@backends
+@attend_backends
 def test_sinks_of_minus_infinity_are_no_sinks(backend):
     case = make_case(METHODS["oscar"])
     target = backend_or_skip(backend, METHODS["oscar"])
@@ -126,7 +139,7 @@ def test_sinks_of_minus_infinity_are_no_sinks(backend):
     torch.testing.assert_close(out, case.attend(target), rtol=1e-6, atol=1e-7)
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, float("-inf")])], ids=["no sinks", "sinks"])
 def test_fully_masked_rows_give_zeros(backend, sinks):
     case = make_case(METHODS["oscar"], dtype=torch.bfloat16)
@@ -139,7 +152,7 @@ def test_fully_masked_rows_give_zeros(backend, sinks):
         assert torch.equal(out, torch.zeros_like(out))
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize(
     "held",
     [
@@ -154,7 +167,7 @@ def test_parts_that_are_missing(backend, name, held):
     make_case(METHODS[name], held=held, gqa=3).check(backend_or_skip(backend, METHODS[name]))
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("name", METHODS)
 def test_packed_tokens_alone(backend, name):
     case = make_case(METHODS[name], held=(Held(0, 6, 0), Held(0, 2, 0)), queries=3)
@@ -168,7 +181,7 @@ def test_packed_tokens_alone(backend, name):
     alone.check(backend_or_skip(backend, METHODS[name]))
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("name", METHODS)
 def test_bytes_behind_a_sequence_may_be_anything(backend, name):
     case = make_case(METHODS[name])
@@ -185,7 +198,7 @@ def test_bytes_behind_a_sequence_may_be_anything(backend, name):
     case.with_packed(slabs=slabs).check(backend_or_skip(backend, METHODS[name]))
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize(
     ("change", "told"),
     [

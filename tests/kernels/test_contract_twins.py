@@ -9,7 +9,7 @@ import slow_decoder
 from occamkv import kernels
 from occamkv.formats import padded
 from scattered_pages import clone_slabs, page_at
-from some_attention import METHODS, Case, Held, backend_or_skip, backends, make_case
+from some_attention import METHODS, Case, Held, attend_backends, backend_or_skip, make_case
 
 REFERENCE = kernels.backend("reference")
 WIDE_CODES = "oscar-k4v3-balanced-with-float16-norms"
@@ -111,7 +111,7 @@ def even_case(name: str, head_dim: int) -> Case:
     return replace(case, q=case.q * 0.3)
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("name", METHODS)
 def test_every_section_of_a_record_is_read(backend, name):
     case, target = even_case(name, 64), backend_or_skip(backend, METHODS[name])
@@ -135,7 +135,7 @@ def test_every_section_of_a_record_is_read(backend, name):
             assert not torch.equal(flip(case, byte=byte, bit=3, tensor="super_scales").attend(target), before)
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("name", METHODS)
 def test_codes_of_padding_channels_are_not_read(backend, name):
     case, target = even_case(name, 80), backend_or_skip(backend, METHODS[name])

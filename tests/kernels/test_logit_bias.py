@@ -7,7 +7,7 @@ import torch
 
 from attention_truth import attention, relative_error
 from occamkv.errors import UnsupportedInput
-from some_attention import METHODS, RAGGED, Case, Held, backend_or_skip, backends, make_case
+from some_attention import METHODS, RAGGED, Case, Held, attend_backends, backend_or_skip, make_case
 
 HELD = (*RAGGED, Held(3, 1, 40, pads=1))
 BIAS = torch.tensor([0.0, 2.0, -3.0, 1.0, -0.5, 6.0])
@@ -28,7 +28,7 @@ def additive(case: Case, bias: torch.Tensor, part: int) -> torch.Tensor:
     return (added[..., :count] * bias.double()[:, None, None]).masked_fill(~seen, float("-inf"))
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("queries", [1, 3, 9])
 @pytest.mark.parametrize("part", [0, 1])
@@ -41,14 +41,14 @@ def test_the_bias_is_added_to_logits_after_the_cap(backend, part, queries, softc
     assert relative_error(out, truth) < 1e-3 < relative_error(out, plain), "a twin: the bias matters"
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("queries", [1, 9])
 def test_no_bias_is_a_bias_of_zero(backend, queries):
     case, target = make_case(METHODS["oscar"], gqa=3, queries=queries), backend_or_skip(backend, METHODS["oscar"])
     assert torch.equal(leaning(case, torch.zeros(6)).attend(target), case.attend(target))
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("queries", [1, 9])
 def test_mass_moves_to_the_part_with_its_bias_and_never_back(backend, queries):
     """V is 1 on the pins and 0 elsewhere, so that the output is the share of attention that they get."""
@@ -63,7 +63,7 @@ def test_mass_moves_to_the_part_with_its_bias_and_never_back(backend, queries):
     assert (shares[0][real] == 0).all() and torch.allclose(shares[-1][real], torch.ones(()))
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize(
     ("bias", "told"),
     [

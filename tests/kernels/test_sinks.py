@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from attention_truth import relative_error
-from some_attention import METHODS, RAGGED, Held, backend_or_skip, backends, make_case
+from some_attention import METHODS, RAGGED, Held, attend_backends, backend_or_skip, make_case
 
 HELD = (*RAGGED, Held(0, 1, 40, pads=1))
 every_path = pytest.mark.parametrize("queries", [1, 5, 9])
 
 
-@backends
+@attend_backends
 @every_path
 @pytest.mark.parametrize("name", ["oscar", "quarot"])
 def test_sinks_of_minus_infinity_are_plain_softmax_to_the_bit(backend, name, queries):
@@ -21,7 +21,7 @@ def test_sinks_of_minus_infinity_are_plain_softmax_to_the_bit(backend, name, que
     assert torch.equal(out, case.attend(target)) and out.isfinite().all()
 
 
-@backends
+@attend_backends
 @every_path
 def test_sinks_of_zero_are_the_softmax_off_by_one(backend, queries):
     """`e^x / (1 + sum e^x)` as it is written (Miller 2023, "Attention Is Off By One")."""
@@ -37,7 +37,7 @@ def test_sinks_of_zero_are_the_softmax_off_by_one(backend, queries):
     assert relative_error(plain, truth) > 3e-3, "a twin: the one counts"
 
 
-@backends
+@attend_backends
 @every_path
 @pytest.mark.parametrize("sink", [1e3, 1e9, 1e30, torch.finfo(torch.float32).max])
 def test_very_large_sinks_leave_nothing_and_no_nan(backend, sink, queries):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from occamkv.kernels.contract import positions_of
-from some_attention import METHODS, Case, Held, backend_or_skip, backends, make_case
+from some_attention import METHODS, Case, Held, attend_backends, backend_or_skip, make_case
 
 BEHIND_ALL = 2**62
 
@@ -56,7 +56,7 @@ OPTIONS = {
 }
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("name", ["oscar", "quarot", "lloyd-max-levels-of-2.5-and-3-bits"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_attention_knows_the_positions_of_tokens_behind_pins(backend, option, name):
@@ -64,7 +64,7 @@ def test_attention_knows_the_positions_of_tokens_behind_pins(backend, option, na
     case.check(backend_or_skip(backend, METHODS[name]), **OPTIONS[option](case))
 
 
-@backends
+@attend_backends
 @pytest.mark.parametrize("option", ["window", "mask"])
 def test_twin_a_backend_that_takes_all_pins_for_the_first_tokens_is_seen(backend, option):
     case = with_pins_in_between(make_case(METHODS["oscar"], held=HELD))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from occamkv import kernels
-from some_attention import ASKS_AND_FINDS, METHODS, RAGGED, Case, Held, backend_or_skip, backends, make_case
+from some_attention import ASKS_AND_FINDS, METHODS, RAGGED, Case, Held, attend_backends, backend_or_skip, make_case
 
 FORMS = {name: METHODS[name] for name in ("oscar", "rtn")} | {"occam": ASKS_AND_FINDS["occam"]}
 SCATTERED = (Held(9, 5, 20), Held(2, 0, 3), Held(1, 3, 127), Held(4, 2, 40, pads=2), Held(0, 1, 5))
@@ -54,7 +54,7 @@ OPTIONS = {
 }
 
 
-@backends
+@attend_backends
 @every_form
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -65,7 +65,7 @@ def test_attention_over_tokens_with_pins_in_their_midst(backend, name, option, d
         case.check(backend_or_skip(backend, FORMS[name]), **OPTIONS[option](case))
 
 
-@backends
+@attend_backends
 def test_skips_without_pins_change_nothing(backend):
     held = tuple(h._replace(pins=0) for h in RAGGED)
     case, target = make_case(METHODS["oscar"], held=held), backend_or_skip(backend, METHODS["oscar"])

@@ -1,0 +1,100 @@
+"""Attention on packed pages in native order: few queries in one launch, all else through torch, block by block."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from occamkv.formats import Format
+from occamkv.formats.pages import Pages
+from occamkv.formats.records import decode_pages
+from occamkv.kernels import blockwise
+from occamkv.kernels.contract import FullTokens, PackedTokens
+from occamkv.kernels.cuda import launching, layout
+from occamkv.kernels.cuda.call import COLUMNS, MAX_PARTS, MAX_QUERIES, Call, Options, prepare
+from occamkv.ops.rope import KeyBias
+
+Launch = Callable[[Call, Format, int], None]
+"""Runs a call for a format and head_dim."""
+
+_BLOCKS_PER_PROCESSOR = 4
+_PAGES_PER_BLOCK = 2  # at least, so that one is copied while another is read
+
+
+def attend(
+    q: Tensor,
+    *,
+    q_positions: Tensor,
+    packed: PackedTokens | None,
+    full: Sequence[FullTokens],
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    hadamard_block: int | None = None,
+    balance: Tensor | None = None,
+    rotate_output: bool = False,
+    key_bias: KeyBias | None = None,
+    launch: Launch = launching.launch,
+    packed_splits: int | None = None,
+) -> Tensor:
+    """Attend from q to packed and full-precision tokens at once; see `occamkv.kernels.blockwise.attend`.
+
+    Args beyond the contract:
+        launch: Runs the kernel.
+        packed_splits: Blocks that share the pages of a sequence and KV head; default `splits_for` the GPU.
+
+    Raises:
+        UnsupportedInput: Shapes, dtypes or devices do not fit together.
+    """
+    if key_bias is not None and not len(key_bias.rotary.frequencies):
+        key_bias = None
+    parts = sum(part.k.shape[2] > 0 for part in full)
+    if mask is not None or key_bias is not None or q.shape[2] > MAX_QUERIES or parts > MAX_PARTS:
+        return blockwise.attend(
+            q,
+            q_positions=q_positions,
+            packed=packed,
+            full=full,
+            scale=scale,
+            mask=mask,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            hadamard_block=hadamard_block,
+            balance=balance,
+            rotate_output=rotate_output,
+            key_bias=key_bias,
+            read=decode_native,
+        )
+    if packed_splits is None:
+        packed_splits = splits_for(q, packed, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    call = prepare(
+        q,
+        q_positions=q_positions,
+        packed=packed,
+        full=full,
+        options=Options(scale, window, softcap, sinks, hadamard_block, balance, rotate_output),
+        packed_splits=packed_splits,
+    )
+    if call.out.numel():
+        launch(call, Format() if packed is None else packed.format, q.shape[3])
+    return call.out.to(q.dtype)
+
+
+def splits_for(q: Tensor, packed: PackedTokens | None, processors: int) -> int:
+    """Return how many blocks share the pages of a sequence and KV head, from shapes alone: enough to fill the GPU."""
+    if packed is None:
+        return 0
+    rows = packed.slabs[0].kv_heads * q.shape[0]
+    tiles = -(-q.shape[1] * q.shape[2] // packed.slabs[0].kv_heads // COLUMNS)
+    wanted = -(-_BLOCKS_PER_PROCESSOR * processors // max(1, rows * tiles))
+    return max(1, min(wanted, packed.table.shape[1] // _PAGES_PER_BLOCK))
+
+
+def decode_native(pages: Pages) -> tuple[Tensor, Tensor]:
+    """Read whole pages in native order back: K and V, float32 `[P, H, 128, D]` in cache space."""
+    records = layout.to_canonical(pages.records, format=pages.format, head_dim=pages.head_dim)
+    return decode_pages(replace(pages, records=records))

@@ -1,0 +1,288 @@
+"""One call of the attend kernel: how the kernel is compiled for it, what it is given, how many blocks it runs in."""
+
+import ctypes
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from occamkv import ops
+from occamkv.errors import UnsupportedInput
+from occamkv.formats import Format
+from occamkv.formats.pages import Pages
+from occamkv.formats.records import pages_of
+from occamkv.kernels.checks import check_attend, check_lengths
+from occamkv.kernels.contract import FullTokens, PackedTokens
+
+COLUMNS = 8
+"""Query rows that a block answers at a time."""
+
+MAX_QUERIES = 8
+"""Longer chunks are left to kernels that are made for them."""
+
+MAX_PARTS = 4
+EVERYTHING = 2**62
+"""A window wider than any context."""
+
+THREADS = 128
+"""Of a block."""
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_FULL_TILE = 16  # tokens that a warp reads at a time
+_WARPS = 4
+_MOST_FULL_SPLITS = 8
+
+
+class Part(ctypes.Structure):
+    """`Part` of native/arguments.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("k", "v")),
+        *((name, ctypes.c_int64) for name in ("k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token")),
+        *((name, ctypes.c_void_p) for name in ("positions", "logit_bias")),
+        *((name, ctypes.c_int) for name in ("tokens", "dtype")),
+    )
+
+
+class Arguments(ctypes.Structure):
+    """`Arguments` of native/arguments.h."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("q_batch", "q_head", "q_token")),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_batch", "out_head", "out_token")),
+        *((name, ctypes.c_void_p) for name in ("q_positions", "slabs", "table", "lengths", "first_position", "skips")),
+        *((name, ctypes.c_void_p) for name in ("sinks", "balance", "partial_sums", "partial_softmax", "counters")),
+        ("window", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("slab_count", "table_width", "skip_count")),
+        *((name, ctypes.c_int) for name in ("query_heads", "kv_heads", "queries", "q_dtype", "packed_splits")),
+        *((name, ctypes.c_int) for name in ("splits", "tiles", "part_count", "hadamard_block", "output_block")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        ("parts", Part * MAX_PARTS),
+    )
+
+
+class Call(NamedTuple):
+    """A call that is ready to run.
+
+    `grid`: blocks in x, y, z. `out`: `[B, Hq, Tq, D]` in the dtype of q. `keep`: what the arguments point at.
+    """
+
+    arguments: Arguments
+    grid: tuple[int, int, int]
+    out: Tensor
+    keep: list[Tensor]
+
+
+def definitions(format: Format, *, head_dim: int, softcap: bool) -> dict[str, int]:
+    """Return the macros, without `OKV_`, that the kernel is compiled with."""
+    return {
+        "K_BITS": int(format.k_bits),
+        "V_BITS": int(format.v_bits),
+        "GROUP": format.record_tokens,
+        "V_GROUP": min(format.v_group, head_dim),
+        "HEAD_DIM": head_dim,
+        "METADATA": format.metadata_bits,
+        "NORM_BYTES": format.norm_bytes,
+        "SOFTCAP": int(softcap),
+    }
+
+
+@dataclass(frozen=True)
+class Options:
+    """What else a call of `attend` may say; see `occamkv.kernels.blockwise.attend`."""
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    hadamard_block: int | None = None
+    balance: Tensor | None = None
+    rotate_output: bool = False
+
+
+def prepare(
+    q: Tensor,
+    *,
+    q_positions: Tensor,
+    packed: PackedTokens | None,
+    full: Sequence[FullTokens],
+    options: Options,
+    packed_splits: int,
+) -> Call:
+    """Check the arguments of `attend` and describe them.
+
+    Args:
+        q: `[B, Hq, Tq, D]`, Tq up to `MAX_QUERIES`.
+        q_positions: int64 `[B, Tq]`.
+        packed: Pages in native order, or None.
+        full: Tokens in full precision, in up to `MAX_PARTS` parts.
+        options: The rest.
+        packed_splits: Blocks that share the pages of a sequence and KV head.
+
+    Raises:
+        UnsupportedInput: They do not fit together, or the kernel does not take them.
+    """
+    kv_heads = check_attend(
+        q,
+        q_positions,
+        packed,
+        full,
+        mask=None,
+        sinks=options.sinks,
+        balance=options.balance,
+        hadamard_block=options.hadamard_block,
+        key_bias=None,
+    )
+    batch, query_heads, queries, head_dim = q.shape
+    parts = [part for part in full if part.k.shape[2]]
+    if queries > MAX_QUERIES or len(parts) > MAX_PARTS:
+        raise UnsupportedInput(
+            f"there are {queries} queries and {len(parts)} parts in full precision; the kernel takes {MAX_QUERIES} "
+            f"and {MAX_PARTS}."
+        )
+    keep: list[Tensor] = []
+    q = q if q.dtype in _DTYPES else q.to(torch.float32)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out = torch.empty((batch, queries, query_heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+    tiles = -(-query_heads // kv_heads * queries // COLUMNS)
+    packed_splits = packed_splits if packed is not None else 0
+    splits = max(1, packed_splits + _full_splits(parts))
+    rows = batch * kv_heads * tiles
+    several = rows * splits if splits > 1 else 0
+    sums = torch.empty(several * COLUMNS * head_dim, dtype=torch.float32, device=q.device)
+    softmax = torch.empty(several * COLUMNS * 2, dtype=torch.float32, device=q.device)
+    counters = torch.zeros(rows, dtype=torch.int32, device=q.device)
+    keep += [q, out, sums, softmax, counters]
+    arguments = Arguments(
+        *(q.data_ptr(), *q.stride()[:3]),
+        *(out.data_ptr(), *out.stride()[:3]),
+        q_positions=_kept(q_positions.to(torch.int64).contiguous(), keep),
+        sinks=_kept(_floats(options.sinks), keep),
+        balance=_kept(_floats(options.balance), keep),
+        partial_sums=sums.data_ptr(),
+        partial_softmax=softmax.data_ptr(),
+        counters=counters.data_ptr(),
+        window=EVERYTHING if options.window is None else min(options.window, EVERYTHING),
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        queries=queries,
+        q_dtype=_DTYPES[q.dtype],
+        packed_splits=packed_splits,
+        splits=splits,
+        tiles=tiles,
+        part_count=len(parts),
+        hadamard_block=options.hadamard_block or 0,
+        output_block=ops.hadamard_block(head_dim) if options.rotate_output else 0,
+        scale=head_dim**-0.5 if options.scale is None else options.scale,
+        softcap=options.softcap or 0.0,
+        parts=(Part * MAX_PARTS)(*(_part(part, keep) for part in parts)),
+    )
+    if packed is not None:
+        _describe_packed(arguments, packed, q, keep)
+    return Call(arguments, (splits * tiles, kv_heads, batch), out, keep)
+
+
+def check_places(packed: PackedTokens) -> None:
+    """Raise `UnsupportedInput` unless the table has all pages of each sequence, and slabs have them.."""
+    lengths = packed.lengths.tolist()
+    check_lengths(lengths, record_tokens=packed.format.record_tokens, pages=packed.table.shape[1])
+    ends = [start + slab.count for start, slab in zip(packed.starts, packed.slabs, strict=True)]
+    for row, tokens in zip(packed.table.tolist(), lengths, strict=True):
+        for number in row[: pages_of(tokens)]:
+            slab = bisect_right(packed.starts, number) - 1
+            if slab < 0 or number >= ends[slab]:
+                raise UnsupportedInput(f"the block table names page {number}, which is in no slab.")
+
+
+def _full_splits(parts: Sequence[FullTokens]) -> int:
+    """Return how many blocks read tokens in full precision: four warps each, a tile or more per warp."""
+    tiles = sum(-(-part.k.shape[2] // _FULL_TILE) for part in parts)
+    return min(-(-tiles // _WARPS), _MOST_FULL_SPLITS)
+
+
+def _kept(x: Tensor | None, keep: list[Tensor]) -> int | None:
+    if x is None:
+        return None
+    keep.append(x)
+    return x.data_ptr()
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy, in a known dtype, with channels side by side and rows at multiples of 16 bytes."""
+    x = x if x.dtype in _DTYPES else x.to(torch.float32)
+    apart = [x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])]
+    return x if x.stride(-1) == 1 and not any(n % 16 for n in apart) else x.contiguous().clone()
+
+
+def _part(part: FullTokens, keep: list[Tensor]) -> Part:
+    k, v = _aligned(part.k), _aligned(part.v)
+    if k.dtype != v.dtype:
+        k, v = k.to(torch.float32).contiguous(), v.to(torch.float32).contiguous()
+    return Part(
+        _kept(k, keep),
+        _kept(v, keep),
+        *k.stride()[:3],
+        *v.stride()[:3],
+        _kept(part.positions.to(torch.int64).contiguous(), keep),
+        _kept(_floats(part.logit_bias), keep),
+        k.shape[2],
+        _DTYPES[k.dtype],
+    )
+
+
+def _describe_packed(arguments: Arguments, packed: PackedTokens, q: Tensor, keep: list[Tensor]) -> None:
+    batch = q.shape[0]
+    slabs = tuple(
+        (start, *(_place(t, q) for t in _tensors(pages)))
+        for start, pages in zip(packed.starts, packed.slabs, strict=True)
+    )
+    arguments.slabs = _kept(_slab_table(slabs, q.device), keep)
+    arguments.slab_count = len(slabs)
+    table = packed.table
+    of_rows = (packed.lengths, packed.first_position)
+    skips = [] if packed.skips is None else [packed.skips]
+    for name, x, shape in (
+        ("the block table", table, (batch, table.shape[-1])),
+        *(("lengths and first positions", x, (batch,)) for x in of_rows),
+        *(("skips", x, (batch, x.shape[-1])) for x in skips),
+    ):
+        if x.dtype != torch.int64 or tuple(x.shape) != shape or x.device != q.device:
+            raise UnsupportedInput(
+                f"{name}: {x.dtype} {tuple(x.shape)} on {x.device}; allowed: torch.int64 {shape} on {q.device}."
+            )
+    arguments.table, arguments.table_width = _kept(table.contiguous(), keep), table.shape[1]
+    arguments.lengths, arguments.first_position = (_kept(x.contiguous(), keep) for x in of_rows)
+    for x in skips:
+        arguments.skips, arguments.skip_count = _kept(x.contiguous(), keep), x.shape[1]
+
+
+@lru_cache(maxsize=1024)
+def _slab_table(slabs: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Return `Slab` structs on the device; one table as long as the pool does not grow, so no step waits for a copy."""
+    return torch.tensor(slabs, dtype=torch.int64).to(device)
+
+
+def _tensors(pages: Pages) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return pages.records, pages.norms, pages.super_scales
+
+
+def _place(x: Tensor | None, q: Tensor) -> int:
+    """Return where a tensor of pages lies, 0 for one that its format does not have."""
+    if x is None:
+        return 0
+    if not x.is_contiguous() or x.device != q.device or x.data_ptr() % 16:
+        raise UnsupportedInput(
+            f"a tensor of pages lies on {x.device} with strides {x.stride()}; allowed: dense, on {q.device}, at a "
+            "multiple of 16 bytes."
+        )
+    return x.data_ptr()

@@ -1,0 +1,87 @@
+"""Puts a call on a GPU: the kernel of a format is loaded once for each device and runs on torch's current stream."""
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+
+from occamkv.errors import BackendUnavailable
+from occamkv.formats import Format
+from occamkv.kernels.cuda import building
+from occamkv.kernels.cuda.call import THREADS, Call
+
+_OLDEST = (8, 0)
+
+
+def architecture_of(capability: tuple[int, int]) -> str | None:
+    """Return what the kernel is compiled for on a card, None where it does not run: cards before 8.0.
+
+    `sm_90a` runs on 9.0 alone. Others run on every later card of the same first digit.
+    """
+    known = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100"}
+    if capability in known:
+        return known[capability]
+    same = {10: "sm_100", 12: "sm_120"}
+    return same.get(capability[0]) if capability >= _OLDEST else None
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Return why the kernel cannot run on this device, one sentence, or None."""
+    if device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, not on {device.type}"
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU here"
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs, and this torch is made for AMD's"
+    capability = torch.cuda.get_device_capability(device)
+    if architecture_of(capability) is None:
+        return f"it is compiled for compute capability 8.0 and later, not for {'.'.join(map(str, capability))}"
+    return building.unavailable()
+
+
+def launch(call: Call, format: Format, head_dim: int) -> None:
+    """Launch the kernel on the device of the call's tensors.
+
+    Raises:
+        BackendUnavailable: It cannot be compiled or loaded, or CUDA refuses the launch.
+    """
+    softcap = call.arguments.softcap > 0
+    with torch.cuda.device(call.out.device):
+        index = torch.cuda.current_device()
+        function, shared = _function(format, head_dim, index, softcap=softcap)
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))
+        stream = torch.cuda.current_stream().cuda_stream
+        driver = _driver()
+        address = ctypes.addressof(parameters)
+        _check(driver.cuLaunchKernel(function, *call.grid, THREADS, 1, 1, shared, stream, address, 0))
+
+
+@cache
+def _function(format: Format, head_dim: int, index: int, *, softcap: bool) -> tuple[Any, int]:
+    """Return the kernel, and the bytes of shared memory that it is launched with."""
+    driver = _driver()
+    architecture = architecture_of(torch.cuda.get_device_capability(index))
+    if architecture is None:
+        raise BackendUnavailable(str(unavailable(torch.device("cuda", index))))
+    macros = building.macros_for(format, head_dim=head_dim, softcap=softcap, architecture=architecture)
+    module = _check(driver.cuModuleLoadData(building.build(macros, architecture)))
+    function = _check(driver.cuModuleGetFunction(module, b"occamkv_attend"))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    shared = building.shared_bytes(format, head_dim, stages=macros["STAGES"])
+    _check(driver.cuFuncSetAttribute(function, attribute, shared))
+    return function, shared
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _check(results: tuple[Any, ...]) -> Any:
+    """Return what a call of the driver gave, or raise with CUDA's own name of what went wrong."""
+    status, *values = results
+    if int(status):
+        raise BackendUnavailable(f"CUDA refuses the attend kernel: {status.name}.")
+    return values[0] if values else None

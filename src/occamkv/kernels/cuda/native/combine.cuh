@@ -1,0 +1,152 @@
+// From the warps' sums to the result: the warps of a block, then the splits of a row, in a fixed order.
+#pragma once
+#include "packed.cuh"
+#include "full.cuh"
+
+namespace occam {
+
+// Undo what codes, scales and weights were multiplied by, add what the minimums of V give, and put a warp's sums where
+// all can read them. The ring is not needed any more.
+OKV_DEVICE void leave(const Place &at, bool packed, Running &running, Merge &merge) {
+  barrier();
+#pragma unroll
+  for (int c = 0; c < 2; c++) {
+    const int column = 2 * at.pair + c;
+    if (at.row == 0) {
+      merge.largest[at.warp][column] = running.largest[c];
+      merge.weight[at.warp][column] = running.others[c + 2] * (packed ? power(-P_EXPONENT) : 1.0f);
+    }
+    merge.minimums[at.warp][at.row][column] = running.others[c];
+  }
+  barrier();
+  const float unit = power(SCALE_EXPONENT - P_EXPONENT);
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int column = 2 * at.pair + (i & 1), upper = i >> 1;
+      float x = running.sums[tile][i];
+      int channel = full_channel(tile, at.row, upper);
+      if (packed) {
+        const float minimum = merge.minimums[at.warp][16 * tile / V_GROUP < V_GROUPS ? 16 * tile / V_GROUP : 0][column];
+        x = (x * power(24 - code_shift(V_BITS, tile & 1, upper)) + minimum) * unit;
+        channel = 16 * tile + 8 * upper + at.row;
+      }
+      merge.sums[at.warp][column][channel] = x;
+    }
+  barrier();
+}
+
+OKV_DEVICE float *partial_sums(const Arguments &a, const Place &at, int split) {
+  const i64 row = ((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a);
+  return a.partial_sums + (row * a.splits + split) * (COLUMNS * HEAD_DIM);
+}
+
+OKV_DEVICE float *partial_softmax(const Arguments &a, const Place &at, int split) {
+  const i64 row = ((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a);
+  return a.partial_softmax + (row * a.splits + split) * (COLUMNS * 2);
+}
+
+// Add up the warps: into `shared.q` if there is one split, else into the memory of partial results.
+OKV_DEVICE void add_warps(const Arguments &a, const Place &at, Shared &shared) {
+  const Merge &merge = shared.merge;
+#pragma unroll 1
+  for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
+    const int column = i / HEAD_DIM, d = i % HEAD_DIM;
+    float largest = LOWEST, sum = 0.0f, weight = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, merge.largest[w][column]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float share = power_of_two(merge.largest[w][column] - largest);
+      sum += merge.sums[w][column][d] * share;
+      weight += merge.weight[w][column] * share;
+    }
+    if (a.splits == 1) {
+      shared.q[column][d] = sum;
+      if (d == 0) shared.largest[column] = largest, shared.weight[column] = weight;
+    } else {
+      partial_sums(a, at, at.split(a))[i] = sum;
+      float *softmax = partial_softmax(a, at, at.split(a)) + 2 * column;
+      if (d == 0) softmax[0] = largest, softmax[1] = weight;
+    }
+  }
+  barrier();
+}
+
+// Whether this block is the last one of its row to finish; then it reads what all have left.
+OKV_DEVICE bool is_last(const Arguments &a, const Place &at, Shared &shared) {
+  fence();
+  barrier();
+  if (thread() == 0) {
+    u32 *counter = &a.counters[((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a)];
+    shared.is_last = count_up(counter) == (u32)a.splits - 1;
+    if (shared.is_last) *counter = 0;  // for the next call
+  }
+  barrier();
+  fence();
+  return shared.is_last;
+}
+
+OKV_DEVICE void add_splits(const Arguments &a, const Place &at, Shared &shared) {
+#pragma unroll 1
+  for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
+    const int column = i / HEAD_DIM, d = i % HEAD_DIM;
+    float largest = LOWEST, sum = 0.0f, weight = 0.0f;
+    for (int split = 0; split < a.splits; split++)
+      largest = fmaxf(largest, load_fresh(partial_softmax(a, at, split) + 2 * column));
+    for (int split = 0; split < a.splits; split++) {
+      const float *softmax = partial_softmax(a, at, split) + 2 * column;
+      const float share = power_of_two(load_fresh(softmax) - largest);
+      sum += load_fresh(partial_sums(a, at, split) + i) * share;
+      weight += load_fresh(softmax + 1) * share;
+    }
+    shared.q[column][d] = sum;
+    if (d == 0) shared.largest[column] = largest, shared.weight[column] = weight;
+  }
+  barrier();
+}
+
+// Divide by the weights, rotate back, and write the rows that exist.
+OKV_DEVICE void finish(const Arguments &a, const Place &at, Shared &shared) {
+#pragma unroll 1
+  for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
+    const int column = i / HEAD_DIM;
+    if (!at.is_row(a, column)) continue;
+    float weight = shared.weight[column], share = 1.0f;
+    if (a.sinks) {  // one more token, without a value
+      const float sink = fminf(a.sinks[at.query_head(a, column)] * LOG2_E, -LOWEST);
+      const float largest = fmaxf(shared.largest[column], sink);
+      share = power_of_two(shared.largest[column] - largest);
+      weight = weight * share + power_of_two(sink - largest);
+    }
+    shared.q[column][i % HEAD_DIM] *= weight > 0.0f ? share / weight : 0.0f;
+  }
+  barrier();
+  if (a.output_block) hadamard(shared.q, a.output_block);
+#pragma unroll 1
+  for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
+    const int column = i / HEAD_DIM, d = i % HEAD_DIM;
+    if (!at.is_row(a, column)) continue;
+    const i64 row = at.batch * a.out_batch + at.query_head(a, column) * a.out_head + at.query(a, column) * a.out_token;
+    store_float(a.out, row + d, a.q_dtype, shared.q[column][d]);
+  }
+}
+
+OKV_DEVICE void attend(const Arguments &a, Shared &shared) {
+  const Place at;
+  load_queries(a, at, shared);
+  Running running;
+  const bool packed = at.split(a) < a.packed_splits;
+  if (packed) take_packed(a, at, shared, running);
+  else take_full(a, at, shared, running);
+  leave(at, packed, running, shared.merge);
+  add_warps(a, at, shared);
+  if (a.splits > 1) {
+    if (!is_last(a, at, shared)) return;
+    add_splits(a, at, shared);
+  }
+  finish(a, at, shared);
+}
+
+}  // namespace occam

@@ -1,0 +1,147 @@
+// Shared memory of a thread block, and what all its threads know.
+#pragma once
+#include "layout.cuh"
+
+namespace occam {
+
+#ifndef OKV_STAGES
+#define OKV_STAGES 3
+#endif
+constexpr int STAGES = OKV_STAGES;  // pages in shared memory
+constexpr int ROW = WIDTH + 4;  // floats of a row in shared memory
+
+struct Stage {
+  alignas(16) u8 page[PAGE_BYTES];
+  alignas(16) u8 norms[NORM_BYTES ? PAGE_TOKENS * NORM_BYTES : 16];
+  alignas(16) u32 supers[4];
+};
+
+// The four warps' results, added up in a fixed order.
+struct Merge {
+  float sums[WARPS][COLUMNS][ROW];
+  float largest[WARPS][COLUMNS], weight[WARPS][COLUMNS];
+  float minimums[WARPS][8][COLUMNS];  // of V groups
+};
+
+struct Shared {
+  union {
+    alignas(128) Stage stages[STAGES];
+    Merge merge;
+  };
+  alignas(16) float q[COLUMNS][ROW];  // rotated; later the result
+  i64 position[COLUMNS];              // of the query, -1 for a pad, -2 for a column that is none
+  int first[COLUMNS], end[COLUMNS];   // packed tokens that it sees
+  float largest[COLUMNS], weight[COLUMNS];
+  u64 arrivals[STAGES];
+  int is_last;
+};
+
+// Where this thread stands: a block reads some tokens of KV head `head` for 8 of its query rows.
+struct Place {
+  int lane, warp, row, pair;  // lane = 4 row + pair
+  int batch, head;
+
+  OKV_DEVICE Place()
+      : lane(thread() & 31), warp(thread() >> 5), row(lane >> 2), pair(lane & 3), batch(block_z()), head(block_y()) {}
+
+  OKV_DEVICE int tile(const Arguments &a) const { return block_x() % a.tiles; }
+  OKV_DEVICE int split(const Arguments &a) const { return block_x() / a.tiles; }
+
+  OKV_DEVICE int group_rows(const Arguments &a) const { return a.query_heads / a.kv_heads * a.queries; }
+  OKV_DEVICE bool is_row(const Arguments &a, int column) const { return COLUMNS * tile(a) + column < group_rows(a); }
+
+  OKV_DEVICE int query_head(const Arguments &a, int column) const {
+    return head * (a.query_heads / a.kv_heads) + (COLUMNS * tile(a) + column) / a.queries;
+  }
+
+  OKV_DEVICE int query(const Arguments &a, int column) const { return (COLUMNS * tile(a) + column) % a.queries; }
+};
+
+OKV_DEVICE float load_float(const void *x, i64 index, int dtype) {
+  if (dtype == FLOAT32) return ((const float *)x)[index];
+  const u16 half = ((const u16 *)x)[index];
+  return dtype == FLOAT16 ? half_to_float(half) : bits_to_float((u32)half << 16);
+}
+
+OKV_DEVICE void store_float(void *x, i64 index, int dtype, float value) {
+  if (dtype == FLOAT32) ((float *)x)[index] = value;
+  else if (dtype == FLOAT16) ((u16 *)x)[index] = float_to_half(value);
+  else {
+    const u32 bits = float_to_bits(value);
+    ((u16 *)x)[index] = (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  }
+}
+
+// The orthonormal Hadamard rotation of 8 rows in shared memory, block by block of channels.
+OKV_DEVICE void hadamard(float (&rows)[COLUMNS][ROW], int block) {
+  constexpr int PAIRS = HEAD_DIM / 2;
+  float factor = 1.0f;
+#pragma unroll 1
+  for (int half = 1; half < block; half *= 2) {
+#pragma unroll 1
+    for (int i = thread(); i < COLUMNS * PAIRS; i += THREADS) {
+      const int j = i % PAIRS, at = j / half * 2 * half + j % half;
+      float *x = &rows[i / PAIRS][at];
+      const float first = x[0], second = x[half];
+      x[0] = first + second, x[half] = first - second;
+    }
+    barrier();
+    factor *= 0.70710678118654752f;
+  }
+  if (block > 1)
+#pragma unroll 1
+    for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) rows[i / HEAD_DIM][i % HEAD_DIM] *= factor;
+  barrier();
+}
+
+// How many packed tokens of a sequence stand at positions up to `at`. Skip number j stands at position skips[j] + j.
+OKV_DEVICE int tokens_up_to(const Arguments &a, int batch, i64 at) {
+  int low = 0, high = a.skips ? a.skip_count : 0;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (a.skips[(i64)batch * a.skip_count + middle] <= at - middle) low = middle + 1;
+    else high = middle;
+  }
+  const i64 count = at + 1 - low - a.first_position[batch], length = a.lengths[batch];
+  return (int)(count < 0 ? 0 : count > length ? length : count);
+}
+
+// Bring 8 query rows into cache space and find out what each sees.
+OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared) {
+#pragma unroll 1
+  for (int i = thread(); i < COLUMNS * WIDTH; i += THREADS) {
+    const int column = i / WIDTH, d = i % WIDTH;
+    float x = 0.0f;
+    if (at.is_row(a, column) && d < HEAD_DIM) {
+      const i64 row = at.batch * a.q_batch + at.query_head(a, column) * a.q_head + at.query(a, column) * a.q_token;
+      x = load_float(a.q, row + d, a.q_dtype);
+      if (a.balance) x /= a.balance[at.head * HEAD_DIM + d];
+    }
+    shared.q[column][d] = x;
+  }
+  if (thread() < COLUMNS) {
+    const int column = thread();
+    i64 position = -2;
+    int first = 0, end = 0;
+    if (at.is_row(a, column)) {
+      position = a.q_positions[(i64)at.batch * a.queries + at.query(a, column)];
+      if (position >= 0 && a.lengths) {
+        end = tokens_up_to(a, at.batch, position);
+        first = position >= a.window ? tokens_up_to(a, at.batch, position - a.window) : 0;
+      }
+    }
+    shared.position[column] = position;
+    shared.first[column] = first, shared.end[column] = end;
+  }
+  barrier();
+  if (a.hadamard_block) hadamard(shared.q, a.hadamard_block);
+}
+
+// The exponent that brings a row whose largest value is `largest` below 2 ** Q_EXPONENT.
+OKV_DEVICE float row_scale(float largest, int exponent) {
+  const int own = (int)(float_to_bits(largest) >> 23 & 255u) - 126;  // largest < 2 ** own
+  const int up = exponent - own < -126 ? -126 : exponent - own > 126 ? 126 : exponent - own;
+  return largest > 0.0f ? power(up) : 1.0f;
+}
+
+}  // namespace occam

@@ -1,0 +1,89 @@
+"""The CUDA kernel as a backend that runs on a CPU: its source, built by g++ with the emulator, once for each format."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from occamkv.errors import UnsupportedFormat
+from occamkv.formats import Format
+from occamkv.kernels import PackedTokens
+from occamkv.kernels.cuda import attend, layout, refuses_format
+from occamkv.kernels.cuda.call import Arguments, Call, check_places, definitions
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "tests" / "cuda"
+NATIVE = ROOT / "src" / "occamkv" / "kernels" / "cuda" / "native"
+BUILDS = ROOT / "build" / "emulator"
+FLAGS = ("-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be built here, or None."""
+    if shutil.which("g++") is None:
+        return "the emulator of the CUDA kernel is built with g++, which is not here"
+    return None
+
+
+@cache
+def build(**macros: int) -> ctypes.CDLL:
+    """Compile the kernel for one format, unless the same source was compiled before."""
+    sources = [*sorted(NATIVE.iterdir()), HERE / "emulator.h", HERE / "emulator.cpp"]
+    options = [*FLAGS, "-DOKV_EMULATOR", *(f"-DOKV_{name}={value}" for name, value in sorted(macros.items()))]
+    digest = hashlib.sha256("\0".join([*options, *(p.read_text() for p in sources)]).encode()).hexdigest()[:16]
+    library = BUILDS / f"{digest}.so"
+    if not library.exists():
+        BUILDS.mkdir(parents=True, exist_ok=True)
+        own = library.with_suffix(f".{os.getpid()}")
+        command = ["g++", *options, f"-I{HERE}", f"-I{NATIVE}", str(HERE / "emulator.cpp"), "-o", str(own)]
+        subprocess.run(command, check=True)
+        own.rename(library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.occamkv_attend.restype = ctypes.c_char_p
+    assert loaded.occamkv_arguments_bytes() == ctypes.sizeof(Arguments)
+    return loaded
+
+
+def native(packed: PackedTokens) -> PackedTokens:
+    """The same tokens with their records in native order."""
+    return replace(
+        packed,
+        slabs=[
+            replace(s, records=layout.to_native(s.records, format=s.format, head_dim=s.head_dim)) for s in packed.slabs
+        ],
+    )
+
+
+class Emulated:
+    """A backend for tests. `order`: of blocks; `bulk`: copies as on sm_90."""
+
+    name = "cuda"
+
+    def __init__(self, *, packed_splits: int = 2, bulk: bool = False, order: int = 0) -> None:
+        self.packed_splits, self.bulk, self.order = packed_splits, bulk, order
+
+    def launch(self, call: Call, format: Format, head_dim: int) -> None:
+        macros = definitions(format, head_dim=head_dim, softcap=True) | {"BULK": int(self.bulk)}
+        failure = build(**macros).occamkv_attend(ctypes.byref(call.arguments), call.grid[2], self.order)
+        assert failure is None, failure.decode()
+
+    def attend(self, q: Tensor, *, packed: PackedTokens | None, **given: Any) -> Tensor:
+        """See `occamkv.kernels.blockwise.attend`. Records are canonical here."""
+        if packed is not None:
+            if reason := refuses_format(packed.format):
+                raise UnsupportedFormat(reason)
+            packed = native(packed)
+
+        def launch(call: Call, format: Format, head_dim: int) -> None:
+            if packed is not None:
+                check_places(packed)
+            self.launch(call, format, head_dim)
+
+        return attend(q, packed=packed, launch=launch, packed_splits=self.packed_splits, **given)

@@ -1,0 +1,185 @@
+"""The CUDA kernel as machine code, without a GPU: every architecture compiles, no registers spill, and the main loop
+has the instructions that the memory leaves time for."""
+
+import importlib.util
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import emulated_cuda
+from occamkv.errors import BackendUnavailable
+from occamkv.formats import Format
+from occamkv.kernels.cuda import building
+from occamkv.kernels.cuda.call import definitions
+from some_attention import METHODS, Held, make_case
+
+REGISTERS = {4: 128, 3: 168, 2: 255, 1: 255}
+"""At most, by thread blocks of a processor."""
+
+LOOP_INSTRUCTIONS = 75
+"""Of a warp for 1000 codes of 2 bits with head_dim 128. An H200 has time for 91 while 3.0 bits per value stream in."""
+
+INT2 = Format(token_scale=True)
+
+
+needs_nvrtc = pytest.mark.skipif(building.unavailable() is not None, reason=str(building.unavailable()))
+
+
+def macros_of(
+    format: Format, head_dim: int = 128, *, softcap: bool = False, architecture: str = "sm_90a"
+) -> dict[str, int]:
+    return building.macros_for(format, head_dim=head_dim, softcap=softcap, architecture=architecture)
+
+
+def told(log: str, what: str) -> int:
+    """A number of the assembler's report."""
+    return int(re.search(what.replace("N", r"(\d+)"), log)[1])
+
+
+def check_registers(macros: dict[str, int], architecture: str) -> None:
+    _, log = building.compile_source(macros, architecture)
+    assert told(log, "N bytes spill stores") == told(log, "N bytes stack frame") == 0, f"registers spill: {log}"
+    assert told(log, "Used N registers") <= REGISTERS[macros["MIN_BLOCKS"]]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", building.ARCHITECTURES)
+def test_no_registers_spill(architecture):
+    check_registers(macros_of(INT2, architecture=architecture), architecture)
+
+
+OTHERS = [
+    (
+        Format(k_bits=k, v_bits=v, k_group=group, metadata_bits=metadata, token_scale=metadata == 8),
+        head_dim,
+        architecture,
+    )
+    for k, v, group, metadata in ((2, 2, 64, 8), (3, 2, 32, 16), (3, 3, 32, 16), (4, 4, 128, 16), (2, 4, 32, 8))
+    for head_dim in (32, 64, 80, 96, 112, 128, 192, 256)
+    for architecture in building.ARCHITECTURES
+]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("format", "head_dim", "architecture"),
+    [
+        pytest.param(*one, marks=pytest.mark.slow if number % 7 else pytest.mark.emulator)
+        for number, one in enumerate(OTHERS)
+    ],
+    ids=str,
+)
+def test_no_registers_spill_in_other_formats(format, head_dim, architecture):
+    macros = macros_of(format, head_dim, softcap=head_dim % 64 == 0, architecture=architecture)
+    check_registers(macros, architecture)
+
+
+@needs_nvrtc
+def test_twin_spilled_registers_are_noticed():
+    with pytest.raises(AssertionError, match="registers spill"):
+        check_registers(macros_of(INT2) | {"MIN_BLOCKS": 8}, "sm_90a")
+
+
+# -- instructions ------------------------------------------------------------------------------------------------
+
+
+def disassembler() -> Path | None:
+    """nvdisasm of the package nvidia-cuda-nvdisasm."""
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec else ()
+    return next((path for place in places or () for path in Path(place).rglob("nvdisasm")), None)
+
+
+def loops(cubin: Path) -> Iterator[list[str]]:
+    """Yield the instructions of each loop: from the target of a branch backwards to that branch."""
+    command = [str(disassembler()), "-c", str(cubin)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
+        if target and labels.get(target[1], end + 1) <= end:
+            yield instructions[labels[target[1]] : end + 1]
+
+
+def instructions_per_1000_codes(macros: dict[str, int], tmp_path: Path) -> float:
+    """Of the smallest loop with tile products on codes: 32 tokens of K and of V."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(building.compile_source(macros, "sm_90a")[0])
+    width = macros["HEAD_DIM"]
+    products = 2 * 2 * width // 16 + width // 16 + 2  # of codes, of the minimums of K and of V
+    main = min((loop for loop in loops(cubin) if sum("HMMA" in i for i in loop) >= products), key=len)
+    return 1000 * len(main) / (2 * 32 * width)
+
+
+@needs_nvrtc
+@pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed (pip install nvidia-cuda-nvdisasm)")
+def test_the_main_loop_has_time_while_memory_streams(tmp_path):
+    assert 40 < instructions_per_1000_codes(macros_of(INT2), tmp_path) <= LOOP_INSTRUCTIONS
+
+
+# -- building ----------------------------------------------------------------------------------------------------
+
+
+@needs_nvrtc
+def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = building.build(macros_of(INT2), "sm_90a")
+    monkeypatch.setattr(building, "compile_source", None)
+    assert building.build(macros_of(INT2), "sm_90a") == first
+    with pytest.raises(TypeError):
+        building.build(macros_of(INT2), "sm_80")
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "occamkv").write_text("a file where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert building.build(macros_of(INT2, 64), "sm_90a")
+
+
+@needs_nvrtc
+def test_what_the_compiler_says_is_passed_on():
+    with pytest.raises(BackendUnavailable, match=r"does not compile .* for sm_90a"):
+        building.compile_source(macros_of(INT2) | {"K_BITS": 5}, "sm_90a")
+
+
+@pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
+@pytest.mark.parametrize(("fields", "head_dim"), [({}, 64), ({"token_scale": True}, 128), ({"metadata_bits": 8}, 32)])
+def test_the_shared_memory_that_is_asked_for_is_what_the_kernel_uses(fields, head_dim):
+    format = Format(**fields)
+    library = emulated_cuda.build(**definitions(format, head_dim=head_dim, softcap=True), BULK=0)
+    size = format.sections(head_dim).record_bytes
+    assert library.occamkv_record_bytes() == size
+    assert library.occamkv_shared_bytes() == building.shared_bytes(format, head_dim, stages=3)
+
+
+@pytest.mark.parametrize("architecture", building.ARCHITECTURES)
+def test_a_block_fits_the_shared_memory_of_every_card(architecture):
+    """By NVIDIA's tables of compute capabilities: 163 KiB on 8.0, 99 on 8.6, 8.9 and 12.0, 227 on the others."""
+    most = {"sm_80": 163, "sm_90a": 227, "sm_100": 227}.get(architecture, 99) * 1024
+    held = set()
+    for format, head_dim, _ in OTHERS:
+        stages = macros_of(format, head_dim, architecture=architecture)["STAGES"]
+        assert building.shared_bytes(format, head_dim, stages=stages) <= most
+        held.add(stages)
+    assert (2 in held) == (most == 99 * 1024)
+
+
+@pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
+@pytest.mark.parametrize("bulk", [False, True], ids=["copies", "bulk copies"])
+def test_two_pages_in_shared_memory_give_the_same_bits_as_three(bulk, monkeypatch):
+    case = make_case(METHODS["oscar"], held=(Held(2, 30, 20),))
+    first = case.attend(emulated_cuda.Emulated(packed_splits=1, bulk=bulk))
+    build = emulated_cuda.build
+    monkeypatch.setattr(emulated_cuda, "build", lambda **macros: build(**macros, STAGES=2))
+    assert torch.equal(case.attend(emulated_cuda.Emulated(packed_splits=1, bulk=bulk)), first)
