@@ -5,13 +5,13 @@ import json
 import re
 import sys
 from html import unescape
-from html.parser import HTMLParser
 
 import pytest
 
 from occamkv.analysis.page import labels, page
 from occamkv.analysis.tables import Shown, advice_section, ranges, sinks_section, visible
 from occamkv.errors import UnsupportedInput
+from page_reader import PageReader, in_one_line
 from some_analysis_result import even_norm_result, low_norm_result
 
 pytest.importorskip("matplotlib", reason="needs: pip install 'occamkv[plots]'")
@@ -20,31 +20,8 @@ TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 EVIL = """<script>alert("x")</script></td><img src=x onerror='1'>\x00\x1b[2J\n\t\u202e\u200b\ud800"""
 
 
-class Reader(HTMLParser):
-    """Collects tags, attributes, rows of tables and the text outside of figures; complains about unclosed tags."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.rows, self.words = [], [], [], [], []
-        self.feed(text)
-        assert self.open == [], self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in {"meta", "br", "wbr"}:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
+class Reader(PageReader):
+    """Reads words outside of figures."""
 
     def handle_data(self, data):
         if {"td", "th"} & set(self.open):
@@ -54,7 +31,7 @@ class Reader(HTMLParser):
 
     @property
     def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
+        return in_one_line(" ".join(self.words))
 
     def table(self, first: str, second: str) -> list[list[str]]:
         """Return the rows below the head that begins with these two cells."""

@@ -5,44 +5,20 @@ import json
 import math
 import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
 from occamkv.errors import UnsupportedInput
 from occamkv.evals.report import html
 from occamkv.evals.result import check
+from page_reader import PageReader, in_one_line
 from some_result import METHODS, some_result
 
-VOID_TAGS = {"meta", "wbr", "br"}
 OPTIONAL = ("kl_by_position", "generated", "layer_errors", "probes", "tasks")
 
 
-class Page(HTMLParser):
-    """Collects tags, attributes, texts and table rows, and complains about tags that are not closed in order."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.rows, self.words = [], [], [], [], []
-        self.feed(text)
-        assert self.open == [], self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in VOID_TAGS:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
+class Page(PageReader):
+    """Reads words outside of styles and titles."""
 
     def handle_data(self, data):
         if "style" in self.open or "title" in self.open:
@@ -53,7 +29,7 @@ class Page(HTMLParser):
 
     @property
     def text(self):
-        return re.sub(r"\s+", " ", "".join(self.words))
+        return in_one_line("".join(self.words))
 
     @property
     def table(self):
