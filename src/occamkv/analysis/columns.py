@@ -12,9 +12,6 @@ from occamkv.drawing import positive
 
 Layer = Mapping[str, Any]
 
-LOW_NORM = 0.5
-"""A K norm below so many medians is low: the limit at which the cache pins a token that it finds."""
-
 _SINGLE, _GROWTH = 8, 1.15  # tokens with a column of their own; how much longer the next column is
 
 

@@ -8,10 +8,11 @@ from statistics import median
 from typing import Any
 
 from occamkv.analysis import plots
-from occamkv.analysis.columns import LOW_NORM, by_column, error_ratios, mean, numbers, over_median, sink_norms
+from occamkv.analysis.columns import by_column, error_ratios, mean, numbers, over_median, sink_norms
 from occamkv.analysis.tables import Shown, measured, visible
 from occamkv.drawing import positive
 from occamkv.html import note, panels, section, side_by_side, text
+from occamkv.ops.outliers import SHORT_KEY
 
 Drawn = Callable[[Shown], tuple[str, str, str]]
 _TIMES = " \N{MULTIPLICATION SIGN}"
@@ -56,7 +57,7 @@ def sinks_told(result: Shown) -> str:
     low = 0
     for layer in result.telling:
         sinks = sink_norms(layer)
-        low += any(ratio < LOW_NORM for *_, ratio in sinks)
+        low += any(ratio < SHORT_KEY for *_, ratio in sinks)
         for position, token, ratio in sinks:
             found.setdefault((position, token), []).append(ratio)
     if not found:

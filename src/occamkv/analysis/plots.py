@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from occamkv.analysis.columns import (
-    LOW_NORM,
     Layer,
     by_column,
     columns,
@@ -33,6 +32,7 @@ from occamkv.analysis.columns import (
 from occamkv.analysis.tables import SETTINGS
 from occamkv.drawing import GRID, INK, MUTED, OTHERS, house_style, light, positive, svg
 from occamkv.html import printable
+from occamkv.ops.outliers import SHORT_KEY
 
 Fill = Callable[[Axes], None]
 
@@ -98,10 +98,10 @@ def norms(axes: Axes, layers: Sequence[Layer], *, limits: tuple[float, float]) -
         axes.plot([(a + b - 1) / 2 for a, b, _ in found], [v for *_, v in found], color=OTHERS, lw=0.9, zorder=2)
         last = max(last, *profile["positions"])
     axes.axhline(1, color=MUTED, lw=0.8, dashes=(4, 3), zorder=1.5)
-    axes.axhspan(limits[0], LOW_NORM, color=_LOW, alpha=0.08, lw=0, zorder=0)
+    axes.axhspan(limits[0], SHORT_KEY, color=_LOW, alpha=0.08, lw=0, zorder=0)
     axes.text(0.985, 0.03, "low norm", transform=axes.transAxes, ha="right", color=_LOW)
     for at, _, ratio in (sink for layer in layers for sink in sink_norms(layer)):
-        axes.plot([at], [ratio], "o", color=_LOW if ratio < LOW_NORM else _ORDINARY, ms=5, mew=0, alpha=0.8, zorder=3)
+        axes.plot([at], [ratio], "o", color=_LOW if ratio < SHORT_KEY else _ORDINARY, ms=5, mew=0, alpha=0.8, zorder=3)
     _name_exceptions(axes, layers)
     _position_axis(axes, last)
     _ratio_axis(axes, limits)
@@ -111,7 +111,7 @@ def norms(axes: Axes, layers: Sequence[Layer], *, limits: tuple[float, float]) -
 def _name_exceptions(axes: Axes, layers: Sequence[Layer]) -> None:
     """Write the number of their layer beside low sinks that are few: the layers are not alike then."""
     sinks = {layer["index"]: found for layer in layers if (found := sink_norms(layer))}
-    low = {index: [sink for sink in found if sink[2] < LOW_NORM] for index, found in sinks.items()}
+    low = {index: [sink for sink in found if sink[2] < SHORT_KEY] for index, found in sinks.items()}
     named = [(index, sink) for index, found in low.items() for sink in found[:1]]
     if 2 * len(named) > len(sinks) or len(named) > _MOST_NAMED:
         return

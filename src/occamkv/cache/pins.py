@@ -133,8 +133,10 @@ def step_tokens(k: Tensor, v: Tensor, at: Tensor, pinning: Pinning, *, bias: Ten
 
     With a logit bias those that will be pinned because of their place are a part of their own.
     """
+    if bias is None:
+        return [FullTokens(k, v, at)]
     pinned = torch.isin(at, torch.tensor(pinning.positions, dtype=at.dtype, device=at.device))
-    if bias is None or not bool(pinned.any()):
+    if not bool(pinned.any()):
         return [FullTokens(k, v, at)]
     return [
         FullTokens(k, v, at.masked_fill(pinned, -1)),

@@ -278,20 +278,23 @@ class Store:
 
     def pinned(self) -> FullTokens:
         """Describe the pins to a backend; behind a window they stand just before it."""
-        old, new = [row.pins for row in self.rows], self._standing()
-        at, to = (pins.pinned_tokens(self.pin_k, self.pin_v, where) for where in (old, new))
-        return (
-            at if self.move is None or new == old else replace(to, k=self.move(self.pin_k, at.positions, to.positions))
-        )
+        old = [row.pins for row in self.rows]
+        at, new = pins.pinned_tokens(self.pin_k, self.pin_v, old), self._standing()
+        if self.move is None or new == old:
+            return at
+        to = pins.pinned_tokens(self.pin_k, self.pin_v, new)
+        return replace(to, k=self.move(self.pin_k, at.positions, to.positions))
 
     def _standing(self) -> list[list[int]]:
         """Return the positions at which the pins of each sequence stand."""
+        if self.move is None:
+            return [row.pins for row in self.rows]
         return [pins.standing(row.pins, pins.position(row.dropped, row.pins)) for row in self.rows]
 
     def mask_of(self, mask: Tensor | None) -> Tensor | None:
         """Return a mask over positions that shows pins, wherever they stand, as it shows the places they came from."""
-        old = [row.pins for row in self.rows]
-        return mask if mask is None or self.move is None else pins.moved_mask(mask, old, self._standing())
+        old, new = [row.pins for row in self.rows], self._standing()
+        return mask if mask is None or new == old else pins.moved_mask(mask, old, new)
 
     def full_tokens(self, *, pin_bias: Tensor | None = None) -> list[FullTokens]:
         """Describe pins and residual to a backend; `pin_bias`, `[Hq]`, is added to the logits of pins."""

@@ -72,7 +72,7 @@ def statistics_for(model: Any, plan: Plan, balance: Mapping[int, Tensor] | None)
         for entry in plan.layers
         if entry.packs and entry.method.needs_model and (entry.method.feedback or entry.index not in given)
     }
-    biased = _biased(model, plan)
+    biased = _biased(model, plan, beside=wanted)
     if not wanted | biased:
         return plan, _merged(given, {}, turned, plan)
     try:
@@ -110,9 +110,9 @@ def _turned(model: nn.Module, plan: Plan) -> dict[int, Rotary]:
     return {index: rotary for index, rotary in model_rotaries(model).items() if index in moving} if moving else {}
 
 
-def _biased(model: nn.Module, plan: Plan) -> set[int]:
-    """Return the layers whose method removes a key bias and whose projection has one."""
-    removing = {entry.index for entry in plan.layers if entry.packs and entry.method.key_bias == "remove"}
+def _biased(model: nn.Module, plan: Plan, *, beside: set[int]) -> set[int]:
+    """Return the layers, but for those that are asked anyway, whose method removes a key bias that they have."""
+    removing = {entry.index for entry in plan.layers if entry.packs and entry.method.key_bias == "remove"} - beside
     return removing & set(key_biases(model)) if removing else set()
 
 
