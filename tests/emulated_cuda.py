@@ -9,14 +9,15 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from torch import Tensor
 
 from occamkv.errors import UnsupportedFormat
-from occamkv.formats import Format
 from occamkv.kernels import PackedTokens
-from occamkv.kernels.cuda import attend, layout, refuses_format
-from occamkv.kernels.cuda.call import Arguments, Call, check_places, definitions
+from occamkv.kernels.cuda import attend, launching, layout, refuses_format
+from occamkv.kernels.cuda.call import check_places
+from occamkv.kernels.cuda.kernel import Call
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "cuda"
@@ -33,10 +34,11 @@ def missing() -> str | None:
 
 
 @cache
-def build(**macros: int) -> ctypes.CDLL:
-    """Compile the kernel for one format, unless the same source was compiled before."""
+def build(name: str, **macros: int) -> ctypes.CDLL:
+    """Compile a kernel for one format, unless the same source was compiled before."""
     sources = [*sorted(NATIVE.iterdir()), HERE / "emulator.h", HERE / "emulator.cpp"]
-    options = [*FLAGS, "-DOKV_EMULATOR", *(f"-DOKV_{name}={value}" for name, value in sorted(macros.items()))]
+    options = [*FLAGS, "-DOKV_EMULATOR", f'-DOKV_KERNEL="{name}.cuh"']
+    options += [f"-DOKV_{name}={value}" for name, value in sorted(macros.items())]
     digest = hashlib.sha256("\0".join([*options, *(p.read_text() for p in sources)]).encode()).hexdigest()[:16]
     library = BUILDS / f"{digest}.so"
     if not library.exists():
@@ -46,9 +48,17 @@ def build(**macros: int) -> ctypes.CDLL:
         subprocess.run(command, check=True)
         own.rename(library)
     loaded = ctypes.CDLL(str(library))
-    loaded.occamkv_attend.restype = ctypes.c_char_p
-    assert loaded.occamkv_arguments_bytes() == ctypes.sizeof(Arguments)
+    loaded.occamkv_run.restype = ctypes.c_char_p
     return loaded
+
+
+def run(call: Call, *, bulk: bool = False, order: int = 0) -> None:
+    """Do what `launching.launch` does, in the emulator. `bulk`: copies as on sm_90; `order`: of blocks."""
+    macros = call.kernel.macros() | {"SOFTCAP": 1, "BULK": int(bulk)}
+    library = build(call.kernel.name, **macros)
+    assert library.occamkv_given_bytes() == ctypes.sizeof(call.arguments)
+    failure = library.occamkv_run(ctypes.byref(call.arguments), *call.grid, order)
+    assert failure is None, failure.decode()
 
 
 def native(packed: PackedTokens) -> PackedTokens:
@@ -69,11 +79,6 @@ class Emulated:
     def __init__(self, *, packed_splits: int = 2, bulk: bool = False, order: int = 0) -> None:
         self.packed_splits, self.bulk, self.order = packed_splits, bulk, order
 
-    def launch(self, call: Call, format: Format, head_dim: int) -> None:
-        macros = definitions(format, head_dim=head_dim, softcap=True) | {"BULK": int(self.bulk)}
-        failure = build(**macros).occamkv_attend(ctypes.byref(call.arguments), call.grid[2], self.order)
-        assert failure is None, failure.decode()
-
     def attend(self, q: Tensor, *, packed: PackedTokens | None, **given: Any) -> Tensor:
         """See `occamkv.kernels.blockwise.attend`. Records are canonical here."""
         if packed is not None:
@@ -81,9 +86,10 @@ class Emulated:
                 raise UnsupportedFormat(reason)
             packed = native(packed)
 
-        def launch(call: Call, format: Format, head_dim: int) -> None:
+        def launch(call: Call) -> None:
             if packed is not None:
                 check_places(packed)
-            self.launch(call, format, head_dim)
+            run(call, bulk=self.bulk, order=self.order)
 
-        return attend(q, packed=packed, launch=launch, packed_splits=self.packed_splits, **given)
+        with mock.patch.object(launching, "launch", launch):
+            return attend(q, packed=packed, packed_splits=self.packed_splits, **given)

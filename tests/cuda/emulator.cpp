@@ -7,7 +7,7 @@
 #include <map>
 #include <vector>
 
-#include "combine.cuh"
+#include OKV_KERNEL
 
 namespace emulator {
 
@@ -39,8 +39,8 @@ static Warp warps[THREADS / 32];
 static std::map<u64 *, Arrivals> arrivals;
 static jmp_buf scheduler;
 static const char *failure;
-static const occam::Arguments *arguments;
-static occam::Shared *shared;
+static const occam::Given *given;
+static occam::Memory *shared;
 
 int thread() { return current; }
 int block(int axis) { return position[axis]; }
@@ -127,7 +127,7 @@ void barrier_wait(u64 *at, int parity) {
 }
 
 static void run_fiber() {
-  occam::attend(*arguments, *shared);
+  occam::run(*given, *shared);
   fibers[current].done = true;
   alive--;
   _longjmp(scheduler, 1);
@@ -162,14 +162,14 @@ static void run_block(std::vector<char> &stacks) {
 
 }  // namespace emulator
 
-// Runs all blocks of a call, in an order that `order` shuffles; returns what went wrong, or null.
-extern "C" const char *occamkv_attend(const occam::Arguments *arguments, int batch, int order) {
+// Runs all blocks of a grid, in an order that `order` shuffles; returns what went wrong, or null.
+extern "C" const char *occamkv_run(const occam::Given *given, int x, int y, int z, int order) {
   using namespace emulator;
   std::vector<char> stacks((size_t)THREADS * STACK_BYTES);
-  emulator::arguments = arguments;
-  shared = (occam::Shared *)aligned_alloc(128, (sizeof(occam::Shared) + 127) / 128 * 128);
+  emulator::given = given;
+  shared = (occam::Memory *)aligned_alloc(128, (sizeof(occam::Memory) + 127) / 128 * 128);
   failure = nullptr;
-  const int blocks = arguments->splits * arguments->tiles * arguments->kv_heads * batch;
+  const int blocks = x * y * z;
   int step = 1 + order % blocks;
   for (auto divides = [&](int n) { return n > 1 && step % n == 0 && blocks % n == 0; };; step++) {
     bool prime = true;
@@ -177,15 +177,14 @@ extern "C" const char *occamkv_attend(const occam::Arguments *arguments, int bat
     if (prime) break;
   }
   for (int i = 0; i < blocks && !failure; i++) {
-    int number = (int)((long long)i * step % blocks);
-    position[0] = number % (arguments->splits * arguments->tiles), number /= arguments->splits * arguments->tiles;
-    position[1] = number % arguments->kv_heads, position[2] = number / arguments->kv_heads;
+    const int number = (int)((long long)i * step % blocks);
+    position[0] = number % x, position[1] = number / x % y, position[2] = number / x / y;
     run_block(stacks);
   }
   free(shared);
   return failure;
 }
 
-extern "C" int occamkv_arguments_bytes() { return (int)sizeof(occam::Arguments); }
+extern "C" int occamkv_given_bytes() { return (int)sizeof(occam::Given); }
 extern "C" int occamkv_record_bytes() { return occam::RECORD_BYTES; }
-extern "C" int occamkv_shared_bytes() { return (int)sizeof(occam::Shared); }
+extern "C" int occamkv_memory_bytes() { return (int)sizeof(occam::Memory); }

@@ -14,7 +14,7 @@ import emulated_cuda
 from occamkv.errors import BackendUnavailable
 from occamkv.formats import Format
 from occamkv.kernels.cuda import building
-from occamkv.kernels.cuda.call import definitions
+from occamkv.kernels.cuda.kernel import Kernel
 from some_attention import METHODS, Held, make_case
 
 REGISTERS = {4: 128, 3: 168, 2: 255, 1: 255}
@@ -29,10 +29,11 @@ INT2 = Format(token_scale=True)
 needs_nvrtc = pytest.mark.skipif(building.unavailable() is not None, reason=str(building.unavailable()))
 
 
-def macros_of(
-    format: Format, head_dim: int = 128, *, softcap: bool = False, architecture: str = "sm_90a"
-) -> dict[str, int]:
-    return building.macros_for(format, head_dim=head_dim, softcap=softcap, architecture=architecture)
+def build_of(
+    format: Format, head_dim: int = 128, *, softcap: bool = False, architecture: str = "sm_90a", **changed: int
+) -> building.Build:
+    planned = building.plan(Kernel("attend", format, head_dim, softcap), architecture)
+    return planned._replace(macros=planned.macros | changed)
 
 
 def told(log: str, what: str) -> int:
@@ -40,16 +41,16 @@ def told(log: str, what: str) -> int:
     return int(re.search(what.replace("N", r"(\d+)"), log)[1])
 
 
-def check_registers(macros: dict[str, int], architecture: str) -> None:
-    _, log = building.compile_source(macros, architecture)
+def check_registers(build: building.Build) -> None:
+    _, log = building.compile_source(build)
     assert told(log, "N bytes spill stores") == told(log, "N bytes stack frame") == 0, f"registers spill: {log}"
-    assert told(log, "Used N registers") <= REGISTERS[macros["MIN_BLOCKS"]]
+    assert told(log, "Used N registers") <= REGISTERS[build.macros["MIN_BLOCKS"]]
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", building.ARCHITECTURES)
 def test_no_registers_spill(architecture):
-    check_registers(macros_of(INT2, architecture=architecture), architecture)
+    check_registers(build_of(INT2, architecture=architecture))
 
 
 OTHERS = [
@@ -74,14 +75,13 @@ OTHERS = [
     ids=str,
 )
 def test_no_registers_spill_in_other_formats(format, head_dim, architecture):
-    macros = macros_of(format, head_dim, softcap=head_dim % 64 == 0, architecture=architecture)
-    check_registers(macros, architecture)
+    check_registers(build_of(format, head_dim, softcap=head_dim % 64 == 0, architecture=architecture))
 
 
 @needs_nvrtc
 def test_twin_spilled_registers_are_noticed():
     with pytest.raises(AssertionError, match="registers spill"):
-        check_registers(macros_of(INT2) | {"MIN_BLOCKS": 8}, "sm_90a")
+        check_registers(build_of(INT2, MIN_BLOCKS=8))
 
 
 # -- instructions ------------------------------------------------------------------------------------------------
@@ -111,11 +111,11 @@ def loops(cubin: Path) -> Iterator[list[str]]:
             yield instructions[labels[target[1]] : end + 1]
 
 
-def instructions_per_1000_codes(macros: dict[str, int], tmp_path: Path) -> float:
+def instructions_per_1000_codes(build: building.Build, tmp_path: Path) -> float:
     """Of the smallest loop with tile products on codes: 32 tokens of K and of V."""
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(building.compile_source(macros, "sm_90a")[0])
-    width = macros["HEAD_DIM"]
+    cubin.write_bytes(building.compile_source(build)[0])
+    width = build.macros["HEAD_DIM"]
     products = 2 * 2 * width // 16 + width // 16 + 2  # of codes, of the minimums of K and of V
     main = min((loop for loop in loops(cubin) if sum("HMMA" in i for i in loop) >= products), key=len)
     return 1000 * len(main) / (2 * 32 * width)
@@ -124,7 +124,7 @@ def instructions_per_1000_codes(macros: dict[str, int], tmp_path: Path) -> float
 @needs_nvrtc
 @pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed (pip install nvidia-cuda-nvdisasm)")
 def test_the_main_loop_has_time_while_memory_streams(tmp_path):
-    assert 40 < instructions_per_1000_codes(macros_of(INT2), tmp_path) <= LOOP_INSTRUCTIONS
+    assert 40 < instructions_per_1000_codes(build_of(INT2), tmp_path) <= LOOP_INSTRUCTIONS
 
 
 # -- building ----------------------------------------------------------------------------------------------------
@@ -133,34 +133,34 @@ def test_the_main_loop_has_time_while_memory_streams(tmp_path):
 @needs_nvrtc
 def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = building.build(macros_of(INT2), "sm_90a")
+    first = building.build(build_of(INT2))
     monkeypatch.setattr(building, "compile_source", None)
-    assert building.build(macros_of(INT2), "sm_90a") == first
+    assert building.build(build_of(INT2)) == first
     with pytest.raises(TypeError):
-        building.build(macros_of(INT2), "sm_80")
+        building.build(build_of(INT2, architecture="sm_80"))
 
 
 @needs_nvrtc
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "occamkv").write_text("a file where a folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert building.build(macros_of(INT2, 64), "sm_90a")
+    assert building.build(build_of(INT2, 64))
 
 
 @needs_nvrtc
 def test_what_the_compiler_says_is_passed_on():
     with pytest.raises(BackendUnavailable, match=r"does not compile .* for sm_90a"):
-        building.compile_source(macros_of(INT2) | {"K_BITS": 5}, "sm_90a")
+        building.compile_source(build_of(INT2, K_BITS=5))
 
 
 @pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
 @pytest.mark.parametrize(("fields", "head_dim"), [({}, 64), ({"token_scale": True}, 128), ({"metadata_bits": 8}, 32)])
 def test_the_shared_memory_that_is_asked_for_is_what_the_kernel_uses(fields, head_dim):
     format = Format(**fields)
-    library = emulated_cuda.build(**definitions(format, head_dim=head_dim, softcap=True), BULK=0)
+    library = emulated_cuda.build("attend", **Kernel("attend", format, head_dim, True).macros(), BULK=0)
     size = format.sections(head_dim).record_bytes
     assert library.occamkv_record_bytes() == size
-    assert library.occamkv_shared_bytes() == building.shared_bytes(format, head_dim, stages=3)
+    assert library.occamkv_memory_bytes() == building.attend_bytes(format, head_dim, stages=3)
 
 
 @pytest.mark.parametrize("architecture", building.ARCHITECTURES)
@@ -169,8 +169,8 @@ def test_a_block_fits_the_shared_memory_of_every_card(architecture):
     most = {"sm_80": 163, "sm_90a": 227, "sm_100": 227}.get(architecture, 99) * 1024
     held = set()
     for format, head_dim, _ in OTHERS:
-        stages = macros_of(format, head_dim, architecture=architecture)["STAGES"]
-        assert building.shared_bytes(format, head_dim, stages=stages) <= most
+        stages = build_of(format, head_dim, architecture=architecture).macros["STAGES"]
+        assert building.attend_bytes(format, head_dim, stages=stages) <= most
         held.add(stages)
     assert (2 in held) == (most == 99 * 1024)
 
@@ -181,5 +181,5 @@ def test_two_pages_in_shared_memory_give_the_same_bits_as_three(bulk, monkeypatc
     case = make_case(METHODS["oscar"], held=(Held(2, 30, 20),))
     first = case.attend(emulated_cuda.Emulated(packed_splits=1, bulk=bulk))
     build = emulated_cuda.build
-    monkeypatch.setattr(emulated_cuda, "build", lambda **macros: build(**macros, STAGES=2))
+    monkeypatch.setattr(emulated_cuda, "build", lambda name, **macros: build(name, **macros, STAGES=2))
     assert torch.equal(case.attend(emulated_cuda.Emulated(packed_splits=1, bulk=bulk)), first)

@@ -162,7 +162,7 @@ def test_keys_and_queries_of_any_size(name, size):
 
 def test_what_the_kernel_is_not_made_for_goes_through_torch_on_native_records(monkeypatch):
     calls = []
-    monkeypatch.setattr(Emulated, "launch", lambda *given: calls.append(given))
+    monkeypatch.setattr(emulated_cuda, "run", lambda call, **_: calls.append(call))
     case = make_case(BYTES, held=RAGGED)
     cut = [
         FullTokens(part.k[:, :, start::2], part.v[:, :, start::2], part.positions[:, start::2])
@@ -179,7 +179,7 @@ def test_what_the_kernel_is_not_made_for_goes_through_torch_on_native_records(mo
 
 
 def test_a_batch_of_none_is_no_launch(monkeypatch):
-    monkeypatch.setattr(Emulated, "launch", None)
+    monkeypatch.setattr(emulated_cuda, "run", None)
     none = torch.zeros(0, 2, 1, 64)
     full = FullTokens(none, none, torch.zeros(0, 1).long())
     out = Emulated().attend(none, q_positions=torch.zeros(0, 1).long(), packed=None, full=[full])

@@ -1,22 +1,17 @@
 """Attention on packed pages in native order: few queries in one launch, all else through torch, block by block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from occamkv.formats import Format
 from occamkv.formats.pages import Pages
 from occamkv.formats.records import decode_pages
 from occamkv.kernels import blockwise
 from occamkv.kernels.contract import FullTokens, PackedTokens
 from occamkv.kernels.cuda import launching, layout
-from occamkv.kernels.cuda.call import COLUMNS, MAX_PARTS, MAX_QUERIES, Call, Options, prepare
+from occamkv.kernels.cuda.call import COLUMNS, MAX_PARTS, MAX_QUERIES, Options, prepare
 from occamkv.ops.rope import KeyBias
-
-Launch = Callable[[Call, Format, int], None]
-"""Runs a call for a format and head_dim."""
 
 _BLOCKS_PER_PROCESSOR = 4
 _PAGES_PER_BLOCK = 2  # at least, so that one is copied while another is read
@@ -37,13 +32,11 @@ def attend(
     balance: Tensor | None = None,
     rotate_output: bool = False,
     key_bias: KeyBias | None = None,
-    launch: Launch = launching.launch,
     packed_splits: int | None = None,
 ) -> Tensor:
     """Attend from q to packed and full-precision tokens at once; see `occamkv.kernels.blockwise.attend`.
 
     Args beyond the contract:
-        launch: Runs the kernel.
         packed_splits: Blocks that share the pages of a sequence and KV head; default `splits_for` the GPU.
 
     Raises:
@@ -70,8 +63,8 @@ def attend(
             read=decode_native,
         )
     if packed_splits is None:
-        packed_splits = splits_for(q, packed, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    call = prepare(
+        packed_splits = splits_for(q, packed, launching.processors(q.device))
+    call, out = prepare(
         q,
         q_positions=q_positions,
         packed=packed,
@@ -79,9 +72,9 @@ def attend(
         options=Options(scale, window, softcap, sinks, hadamard_block, balance, rotate_output),
         packed_splits=packed_splits,
     )
-    if call.out.numel():
-        launch(call, Format() if packed is None else packed.format, q.shape[3])
-    return call.out.to(q.dtype)
+    if out.numel():
+        launching.launch(call)
+    return out.to(q.dtype)
 
 
 def splits_for(q: Tensor, packed: PackedTokens | None, processors: int) -> int:

@@ -1,4 +1,4 @@
-"""The kernel as machine code: compiled by NVRTC when a format first needs it, kept on disk for the next time.
+"""Kernels as machine code: compiled by NVRTC when a format first needs them, kept on disk for the next time.
 
 Needs no GPU: NVRTC comes with the extra `cuda`.
 """
@@ -8,11 +8,11 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from occamkv.errors import BackendUnavailable
 from occamkv.formats import PAGE_TOKENS, Format, padded
-from occamkv.kernels.cuda.call import definitions
+from occamkv.kernels.cuda.kernel import Kernel
 
 SOURCES = Path(__file__).parent / "native"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -23,29 +23,37 @@ _SHARED_BYTES = {"sm_80": 164, "sm_90a": 228, "sm_100": 228}  # KiB of a process
 _SYSTEM_BYTES = 1024  # of each block
 
 
-def macros_for(format: Format, *, head_dim: int, softcap: bool, architecture: str) -> dict[str, int]:
-    """Return all macros, without `OKV_`, that the kernel is compiled with.
+class Build(NamedTuple):
+    """What is compiled: `native/<name>.cu` with these macros, without `OKV_`, and the shared memory of its blocks."""
 
-    Those beyond `call.definitions` say how many blocks share a processor, and how many pages a block holds.
-    """
+    name: str
+    macros: dict[str, int]
+    architecture: str
+    shared_bytes: int
+
+
+def plan(kernel: Kernel, architecture: str) -> Build:
+    """Decide how a kernel is compiled for a card: how many blocks share a processor, how many pages a block holds."""
+    format, head_dim = kernel.format, kernel.head_dim
     capacity = _SHARED_BYTES.get(architecture, 100) * 1024
-    stages = 3 if shared_bytes(format, head_dim, stages=3) + _SYSTEM_BYTES <= capacity else 2
-    fit = capacity // (shared_bytes(format, head_dim, stages=stages) + _SYSTEM_BYTES)
+    stages = 3 if attend_bytes(format, head_dim, stages=3) + _SYSTEM_BYTES <= capacity else 2
+    shared = attend_bytes(format, head_dim, stages=stages)
+    fit = capacity // (shared + _SYSTEM_BYTES)
     by_registers = 4 if padded(head_dim) <= 128 else 2
-    blocks = max(1, min(by_registers, fit))
-    return definitions(format, head_dim=head_dim, softcap=softcap) | {"MIN_BLOCKS": blocks, "STAGES": stages}
+    more = {"MIN_BLOCKS": max(1, min(by_registers, fit)), "STAGES": stages}
+    return Build(kernel.name, kernel.macros() | more, architecture, shared)
 
 
-def build(macros: dict[str, int], architecture: str) -> bytes:
-    """Return the cubin for these macros, without `OKV_`, from disk if it was compiled before.
+def build(wanted: Build) -> bytes:
+    """Return the cubin, from disk if it was compiled before.
 
     Raises:
         BackendUnavailable: NVRTC is missing, or it refuses the source.
     """
-    place = _cache_folder() / f"{_key(macros, architecture)}.cubin"
+    place = _cache_folder() / f"{_key(wanted)}.cubin"
     if place.is_file():
         return place.read_bytes()
-    cubin, _ = compile_source(macros, architecture)
+    cubin, _ = compile_source(wanted)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
@@ -56,29 +64,31 @@ def build(macros: dict[str, int], architecture: str) -> bytes:
     return cubin
 
 
-def compile_source(macros: dict[str, int], architecture: str) -> tuple[bytes, str]:
+def compile_source(wanted: Build) -> tuple[bytes, str]:
     """Return the cubin and what the assembler says of it: registers, spills.
 
     Raises:
         BackendUnavailable: NVRTC is missing, or it refuses the source.
     """
-    nvrtc = _nvrtc()
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v", f"--include-path={SOURCES}"]
-    options += [f"-DOKV_{name}={value}" for name, value in sorted(macros.items())]
-    source = (SOURCES / "attend.cu").read_bytes()
-    _, program = nvrtc.nvrtcCreateProgram(source, b"attend.cu", 0, [], [])
+    nvrtc, name = _nvrtc(), f"{wanted.name}.cu"
+    options = [f"--gpu-architecture={wanted.architecture}", "--std=c++17", "--ptxas-options=-v"]
+    options += [
+        f"--include-path={SOURCES}",
+        *(f"-DOKV_{name}={value}" for name, value in sorted(wanted.macros.items())),
+    ]
+    _, program = nvrtc.nvrtcCreateProgram((SOURCES / name).read_bytes(), name.encode(), 0, [], [])
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
         if int(result):
-            raise BackendUnavailable(f"NVRTC does not compile the CUDA kernel for {architecture}: {log}")
+            raise BackendUnavailable(f"NVRTC does not compile {name} for {wanted.architecture}: {log}")
         return _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def shared_bytes(format: Format, head_dim: int, *, stages: int) -> int:
-    """Return the bytes of shared memory of a thread block, `Shared` of native/shared.cuh."""
+def attend_bytes(format: Format, head_dim: int, *, stages: int) -> int:
+    """Return the bytes of shared memory of a block of the attend kernel, `Shared` of native/shared.cuh."""
     row = 4 * (padded(head_dim) + 4)
     page = format.page_records * format.sections(head_dim).record_bytes
     stage = page + max(16, PAGE_TOKENS * format.norm_bytes) + 16
@@ -122,8 +132,8 @@ def _cache_folder() -> Path:
     return Path(folder) / "occamkv" / "cuda"
 
 
-def _key(macros: dict[str, int], architecture: str) -> str:
+def _key(wanted: Build) -> str:
     _, *version = _nvrtc().nvrtcVersion()
-    told = [architecture, str(version), str(sorted(macros.items()))]
+    told = [wanted.name, wanted.architecture, str(version), str(sorted(wanted.macros.items()))]
     told += [path.name + path.read_text() for path in sorted(SOURCES.iterdir())]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:32]

@@ -5,7 +5,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from occamkv.formats.pages import Pages
 from occamkv.formats.records import pages_of
 from occamkv.kernels.checks import check_attend, check_lengths
 from occamkv.kernels.contract import FullTokens, PackedTokens
+from occamkv.kernels.cuda.kernel import Call, Kernel
 
 COLUMNS = 8
 """Query rows that a block answers at a time."""
@@ -27,9 +27,6 @@ MAX_QUERIES = 8
 MAX_PARTS = 4
 EVERYTHING = 2**62
 """A window wider than any context."""
-
-THREADS = 128
-"""Of a block."""
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FULL_TILE = 16  # tokens that a warp reads at a time
@@ -67,32 +64,6 @@ class Arguments(ctypes.Structure):
     )
 
 
-class Call(NamedTuple):
-    """A call that is ready to run.
-
-    `grid`: blocks in x, y, z. `out`: `[B, Hq, Tq, D]` in the dtype of q. `keep`: what the arguments point at.
-    """
-
-    arguments: Arguments
-    grid: tuple[int, int, int]
-    out: Tensor
-    keep: list[Tensor]
-
-
-def definitions(format: Format, *, head_dim: int, softcap: bool) -> dict[str, int]:
-    """Return the macros, without `OKV_`, that the kernel is compiled with."""
-    return {
-        "K_BITS": int(format.k_bits),
-        "V_BITS": int(format.v_bits),
-        "GROUP": format.record_tokens,
-        "V_GROUP": min(format.v_group, head_dim),
-        "HEAD_DIM": head_dim,
-        "METADATA": format.metadata_bits,
-        "NORM_BYTES": format.norm_bytes,
-        "SOFTCAP": int(softcap),
-    }
-
-
 @dataclass(frozen=True)
 class Options:
     """What else a call of `attend` may say; see `occamkv.kernels.blockwise.attend`."""
@@ -114,7 +85,7 @@ def prepare(
     full: Sequence[FullTokens],
     options: Options,
     packed_splits: int,
-) -> Call:
+) -> tuple[Call, Tensor]:
     """Check the arguments of `attend` and describe them.
 
     Args:
@@ -124,6 +95,9 @@ def prepare(
         full: Tokens in full precision, in up to `MAX_PARTS` parts.
         options: The rest.
         packed_splits: Blocks that share the pages of a sequence and KV head.
+
+    Returns:
+        The call, and where its result will be: `[B, Hq, Tq, D]` in the dtype of q.
 
     Raises:
         UnsupportedInput: They do not fit together, or the kernel does not take them.
@@ -185,11 +159,13 @@ def prepare(
     )
     if packed is not None:
         _describe_packed(arguments, packed, q, keep)
-    return Call(arguments, (splits * tiles, kv_heads, batch), out, keep)
+    format = Format() if packed is None else packed.format
+    kernel = Kernel("attend", format, head_dim, softcap=arguments.softcap > 0)
+    return Call(kernel, arguments, (splits * tiles, kv_heads, batch), q.device, keep), out
 
 
 def check_places(packed: PackedTokens) -> None:
-    """Raise `UnsupportedInput` unless the table has all pages of each sequence, and slabs have them.."""
+    """Raise `UnsupportedInput` unless the table has all pages of each sequence, and slabs have them."""
     lengths = packed.lengths.tolist()
     check_lengths(lengths, record_tokens=packed.format.record_tokens, pages=packed.table.shape[1])
     ends = [start + slab.count for start, slab in zip(packed.starts, packed.slabs, strict=True)]

@@ -1,4 +1,4 @@
-"""Puts a call on a GPU: the kernel of a format is loaded once for each device and runs on torch's current stream."""
+"""Puts calls on a GPU: a kernel is loaded once for each format and device and runs on torch's current stream."""
 
 import ctypes
 from functools import cache
@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from occamkv.errors import BackendUnavailable
-from occamkv.formats import Format
 from occamkv.kernels.cuda import building
-from occamkv.kernels.cuda.call import THREADS, Call
+from occamkv.kernels.cuda.kernel import THREADS, Call, Kernel
 
 _OLDEST = (8, 0)
 
@@ -40,37 +39,38 @@ def unavailable(device: torch.device) -> str | None:
     return building.unavailable()
 
 
-def launch(call: Call, format: Format, head_dim: int) -> None:
-    """Launch the kernel on the device of the call's tensors.
+def processors(device: torch.device) -> int:
+    """Return how many streaming multiprocessors the card has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(call: Call) -> None:
+    """Run a call on the current stream of its device.
 
     Raises:
-        BackendUnavailable: It cannot be compiled or loaded, or CUDA refuses the launch.
+        BackendUnavailable: The kernel cannot be compiled or loaded, or CUDA refuses the launch.
     """
-    softcap = call.arguments.softcap > 0
-    with torch.cuda.device(call.out.device):
-        index = torch.cuda.current_device()
-        function, shared = _function(format, head_dim, index, softcap=softcap)
+    with torch.cuda.device(call.device):
+        function, shared = _function(call.kernel, torch.cuda.current_device())
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))
         stream = torch.cuda.current_stream().cuda_stream
-        driver = _driver()
         address = ctypes.addressof(parameters)
-        _check(driver.cuLaunchKernel(function, *call.grid, THREADS, 1, 1, shared, stream, address, 0))
+        _check(_driver().cuLaunchKernel(function, *call.grid, THREADS, 1, 1, shared, stream, address, 0))
 
 
 @cache
-def _function(format: Format, head_dim: int, index: int, *, softcap: bool) -> tuple[Any, int]:
-    """Return the kernel, and the bytes of shared memory that it is launched with."""
+def _function(kernel: Kernel, index: int) -> tuple[Any, int]:
+    """Return a kernel, and the bytes of shared memory that it is launched with."""
     driver = _driver()
     architecture = architecture_of(torch.cuda.get_device_capability(index))
     if architecture is None:
         raise BackendUnavailable(str(unavailable(torch.device("cuda", index))))
-    macros = building.macros_for(format, head_dim=head_dim, softcap=softcap, architecture=architecture)
-    module = _check(driver.cuModuleLoadData(building.build(macros, architecture)))
-    function = _check(driver.cuModuleGetFunction(module, b"occamkv_attend"))
+    build = building.plan(kernel, architecture)
+    module = _check(driver.cuModuleLoadData(building.build(build)))
+    function = _check(driver.cuModuleGetFunction(module, f"occamkv_{kernel.name}".encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    shared = building.shared_bytes(format, head_dim, stages=macros["STAGES"])
-    _check(driver.cuFuncSetAttribute(function, attribute, shared))
-    return function, shared
+    _check(driver.cuFuncSetAttribute(function, attribute, build.shared_bytes))
+    return function, build.shared_bytes
 
 
 def _driver() -> Any:
@@ -83,5 +83,5 @@ def _check(results: tuple[Any, ...]) -> Any:
     """Return what a call of the driver gave, or raise with CUDA's own name of what went wrong."""
     status, *values = results
     if int(status):
-        raise BackendUnavailable(f"CUDA refuses the attend kernel: {status.name}.")
+        raise BackendUnavailable(f"CUDA refuses a kernel: {status.name}.")
     return values[0] if values else None

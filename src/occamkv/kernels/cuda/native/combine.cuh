@@ -133,20 +133,4 @@ OKV_DEVICE void finish(const Arguments &a, const Place &at, Shared &shared) {
   }
 }
 
-OKV_DEVICE void attend(const Arguments &a, Shared &shared) {
-  const Place at;
-  load_queries(a, at, shared);
-  Running running;
-  const bool packed = at.split(a) < a.packed_splits;
-  if (packed) take_packed(a, at, shared, running);
-  else take_full(a, at, shared, running);
-  leave(at, packed, running, shared.merge);
-  add_warps(a, at, shared);
-  if (a.splits > 1) {
-    if (!is_last(a, at, shared)) return;
-    add_splits(a, at, shared);
-  }
-  finish(a, at, shared);
-}
-
 }  // namespace occam
