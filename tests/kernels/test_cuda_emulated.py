@@ -188,11 +188,11 @@ def test_a_batch_of_none_is_no_launch(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "pages", "splits"),
-    [((1, 8), 1024, 66), ((1, 8), 32, 16), ((64, 8), 1024, 2), ((200, 8), 1024, 1), ((1, 8), 1, 1)],
-    ids=["one long", "one short", "many", "more than fit", "one page"],
+    [((1, 8), 1024, 64), ((1, 8), 32, 16), ((64, 8), 1024, 1), ((40, 8), 1024, 13), ((40, 8), 8, 1), ((1, 8), 1, 1)],
+    ids=["one long", "one short", "many", "more than half", "more than half and short", "one page"],
 )
 def test_blocks_fill_the_gpu_and_read_two_pages_each(rows, pages, splits):
-    """132 processors with room for 4 blocks each."""
+    """132 processors with room for 4 blocks each: no round of blocks is much emptier than another."""
     case = make_case(OSCAR, held=(Held(0, 1, 0),), heads=rows[1])
     packed = replace(case.packed, table=torch.zeros(rows[0], pages, dtype=torch.int64))
     assert splits_for(torch.zeros(rows[0], 4 * rows[1], 1, 64), packed, 132) == splits

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from occamkv.kernels.cuda import launching, layout
 from occamkv.kernels.cuda.call import COLUMNS, MAX_PARTS, MAX_QUERIES, Options, prepare
 from occamkv.ops.rope import KeyBias
 
-_BLOCKS_PER_PROCESSOR = 4
+_BLOCKS_PER_PROCESSOR, _NARROW = 4, 128  # half as many where head_dim is wider than this: registers
 _PAGES_PER_BLOCK = 2  # at least, so that one is copied while another is read
+_BLOCK_COST = 2  # what a block does besides, in pages; a guess until it is measured
 
 
 def attend(
@@ -78,13 +80,24 @@ def attend(
 
 
 def splits_for(q: Tensor, packed: PackedTokens | None, processors: int) -> int:
-    """Return how many blocks share the pages of a sequence and KV head, from shapes alone: enough to fill the GPU."""
+    """Return how many blocks share the pages of a sequence and KV head, from shapes alone."""
     if packed is None:
         return 0
-    rows = packed.slabs[0].kv_heads * q.shape[0]
-    tiles = -(-q.shape[1] * q.shape[2] // packed.slabs[0].kv_heads // COLUMNS)
-    wanted = -(-_BLOCKS_PER_PROCESSOR * processors // max(1, rows * tiles))
-    return max(1, min(wanted, packed.table.shape[1] // _PAGES_PER_BLOCK))
+    kv_heads = packed.slabs[0].kv_heads
+    rows = kv_heads * q.shape[0] * -(-q.shape[1] * q.shape[2] // kv_heads // COLUMNS)
+    slots = processors * (_BLOCKS_PER_PROCESSOR if q.shape[3] <= _NARROW else _BLOCKS_PER_PROCESSOR // 2)
+    return _shortest(rows, packed.table.shape[1], slots)
+
+
+@lru_cache(maxsize=4096)
+def _shortest(rows: int, pages: int, slots: int) -> int:
+    """Return the number of splits with which the last of `rows` x splits blocks ends first; `slots` run at a time."""
+
+    def time(splits: int) -> int:
+        return -(-rows * splits // slots) * (-(-pages // splits) + _BLOCK_COST)
+
+    most = max(1, min(pages // _PAGES_PER_BLOCK, 8 * slots // max(1, rows)))
+    return min(range(1, most + 1), key=time)
 
 
 def decode_native(pages: Pages) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ typedef Shared Memory;
 
 OKV_DEVICE void run(const Given &a, Memory &shared) {
   const Place at;
-  load_queries(a, at, shared);
+  load_positions(a, at, shared);
   Running running;
   const bool packed = at.split(a) < a.packed_splits;
   if (packed) take_packed(a, at, shared, running);

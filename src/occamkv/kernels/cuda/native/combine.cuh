@@ -53,6 +53,7 @@ OKV_DEVICE void add_warps(const Arguments &a, const Place &at, Shared &shared) {
 #pragma unroll 1
   for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
     const int column = i / HEAD_DIM, d = i % HEAD_DIM;
+    if (!at.is_row(a, column)) continue;
     float largest = LOWEST, sum = 0.0f, weight = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, merge.largest[w][column]);
@@ -88,21 +89,40 @@ OKV_DEVICE bool is_last(const Arguments &a, const Place &at, Shared &shared) {
   return shared.is_last;
 }
 
+// Add up the splits into `shared.q`. One block reads what many have left, so its loads must not wait for each other.
 OKV_DEVICE void add_splits(const Arguments &a, const Place &at, Shared &shared) {
+  constexpr int HELPERS = THREADS / COLUMNS;  // threads that share a column
+  const int own = thread() / HELPERS, splits = at.is_row(a, own) ? a.splits : 0;
+  float all = LOWEST, weight = 0.0f;
+  for (int split = thread() % HELPERS; split < splits; split += HELPERS)
+    all = fmaxf(all, load_fresh(partial_softmax(a, at, split) + 2 * own));
+#pragma unroll
+  for (int mask = 1; mask < HELPERS; mask *= 2) all = fmaxf(all, shuffle_xor(all, mask));
+  for (int split = thread() % HELPERS; split < splits; split += HELPERS) {
+    const float *softmax = partial_softmax(a, at, split) + 2 * own;
+    weight += load_fresh(softmax + 1) * power_of_two(load_fresh(softmax) - all);
+  }
+#pragma unroll
+  for (int mask = 1; mask < HELPERS; mask *= 2) weight += shuffle_xor(weight, mask);
+  if (thread() % HELPERS == 0) shared.largest[own] = all, shared.weight[own] = weight;
+  barrier();
 #pragma unroll 1
-  for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
-    const int column = i / HEAD_DIM, d = i % HEAD_DIM;
-    float largest = LOWEST, sum = 0.0f, weight = 0.0f;
-    for (int split = 0; split < a.splits; split++)
-      largest = fmaxf(largest, load_fresh(partial_softmax(a, at, split) + 2 * column));
+  for (int i = 4 * thread(); i < COLUMNS * HEAD_DIM; i += 4 * THREADS) {
+    const int column = i / HEAD_DIM;
+    if (!at.is_row(a, column)) continue;
+    const float largest = shared.largest[column];
+    const float *sums = partial_sums(a, at, 0) + i, *softmax = partial_softmax(a, at, 0) + 2 * column;
+    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
     for (int split = 0; split < a.splits; split++) {
-      const float *softmax = partial_softmax(a, at, split) + 2 * column;
-      const float share = power_of_two(load_fresh(softmax) - largest);
-      sum += load_fresh(partial_sums(a, at, split) + i) * share;
-      weight += load_fresh(softmax + 1) * share;
+      float part[4];
+      load_fresh_4(part, sums + (i64)split * (COLUMNS * HEAD_DIM));
+      const float share = power_of_two(load_fresh(softmax + split * (COLUMNS * 2)) - largest);
+#pragma unroll
+      for (int k = 0; k < 4; k++) total[k] += part[k] * share;
     }
-    shared.q[column][d] = sum;
-    if (d == 0) shared.largest[column] = largest, shared.weight[column] = weight;
+#pragma unroll
+    for (int k = 0; k < 4; k++) shared.q[column][i % HEAD_DIM + k] = total[k];
   }
   barrier();
 }

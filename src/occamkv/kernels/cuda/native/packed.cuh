@@ -241,10 +241,12 @@ OKV_DEVICE void take_packed(const Arguments &a, const Place &at, Shared &shared,
   const int share = (pages + a.packed_splits - 1) / a.packed_splits;
   const int first = first_page + at.split(a) * share;
   const int end = first + share < first_page + pages ? first + share : first_page + pages;
-  Ring ring(a, at, shared, first, end);
+  Ring ring(a, at, shared, first, end);  // the first pages come while the queries are rotated
+  load_queries(a, at, shared);
   Queries q(shared, at);
   const float scale = power(SCALE_EXPONENT) * a.scale * (OKV_SOFTCAP && a.softcap > 0.0f ? 1.0f : LOG2_E);
   q.unit[0] *= scale, q.unit[1] *= scale;
+  ring.settle();
   for (int i = 0; i < end - first; i++) {
     const Stage &stage = ring.page(i);
     const int token = (first + i) * PAGE_TOKENS + 32 * at.warp;

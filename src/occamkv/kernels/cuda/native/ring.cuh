@@ -24,7 +24,6 @@ struct Ring {
 #endif
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) copy(i);
-    settle();
   }
 
   // Begin to copy page i into its stage, which nobody reads any more. All threads call this.

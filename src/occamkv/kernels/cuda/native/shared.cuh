@@ -106,19 +106,8 @@ OKV_DEVICE int tokens_up_to(const Arguments &a, int batch, i64 at) {
   return (int)(count < 0 ? 0 : count > length ? length : count);
 }
 
-// Bring 8 query rows into cache space and find out what each sees.
-OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared) {
-#pragma unroll 1
-  for (int i = thread(); i < COLUMNS * WIDTH; i += THREADS) {
-    const int column = i / WIDTH, d = i % WIDTH;
-    float x = 0.0f;
-    if (at.is_row(a, column) && d < HEAD_DIM) {
-      const i64 row = at.batch * a.q_batch + at.query_head(a, column) * a.q_head + at.query(a, column) * a.q_token;
-      x = load_float(a.q, row + d, a.q_dtype);
-      if (a.balance) x /= a.balance[at.head * HEAD_DIM + d];
-    }
-    shared.q[column][d] = x;
-  }
+// Find out what 8 query rows see.
+OKV_DEVICE void load_positions(const Arguments &a, const Place &at, Shared &shared) {
   if (thread() < COLUMNS) {
     const int column = thread();
     i64 position = -2;
@@ -132,6 +121,22 @@ OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared
     }
     shared.position[column] = position;
     shared.first[column] = first, shared.end[column] = end;
+  }
+  barrier();
+}
+
+// Bring 8 query rows into cache space.
+OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared) {
+#pragma unroll 1
+  for (int i = thread(); i < COLUMNS * WIDTH; i += THREADS) {
+    const int column = i / WIDTH, d = i % WIDTH;
+    float x = 0.0f;
+    if (at.is_row(a, column) && d < HEAD_DIM) {
+      const i64 row = at.batch * a.q_batch + at.query_head(a, column) * a.q_head + at.query(a, column) * a.q_token;
+      x = load_float(a.q, row + d, a.q_dtype);
+      if (a.balance) x /= a.balance[at.head * HEAD_DIM + d];
+    }
+    shared.q[column][d] = x;
   }
   barrier();
   if (a.hadamard_block) hadamard(shared.q, a.hadamard_block);
