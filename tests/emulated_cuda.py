@@ -56,7 +56,8 @@ def native(packed: PackedTokens) -> PackedTokens:
     return replace(
         packed,
         slabs=[
-            replace(s, records=layout.to_native(s.records, format=s.format, head_dim=s.head_dim)) for s in packed.slabs
+            replace(s, records=layout.to_native(s.records, format=s.format, head_dim=s.head_dim), order=layout.ORDER)
+            for s in packed.slabs
         ],
     )
 

@@ -178,6 +178,11 @@ class Backend(Protocol):
         """Name in reports."""
         ...
 
+    @property
+    def order(self) -> str:
+        """Order of the bytes within a record, as it writes and reads them; others are refused."""
+        ...
+
     def refuses(self, format: Format, device: torch.device, head_dim: int | None = None) -> str | None:
         """Return why this backend cannot take `format` on `device`, one sentence, or None.
 
@@ -220,6 +225,10 @@ class Backend(Protocol):
         rotate_v: bool = False,
     ) -> Records:
         """Encode groups; see `occamkv.kernels.reference.encode` for the contract."""
+        ...
+
+    def decode(self, pages: Pages) -> tuple[Tensor, Tensor]:
+        """Read whole pages back: K and V, float32 `[P, H, 128, D]` in cache space."""
         ...
 
     def stepper(self, layer: StepLayer) -> Stepper | None:
