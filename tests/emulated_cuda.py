@@ -5,17 +5,22 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 
 from occamkv.errors import UnsupportedFormat
 from occamkv.formats import Format
 from occamkv.kernels import PackedTokens
-from occamkv.kernels.cuda import attend, layout, refuses_format
+from occamkv.kernels.cuda import attend, launching, layout, refuses_format
 from occamkv.kernels.cuda.call import Arguments, Call, check_places, definitions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,3 +93,15 @@ class Emulated:
             self.launch(call, format, head_dim)
 
         return attend(q, packed=packed, launch=launch, packed_splits=self.packed_splits, **given)
+
+
+@contextmanager
+def on_cpu(*, processors: int = 1) -> Iterator[None]:
+    """Let the product's own CUDA backend take tensors on the CPU, as if they were on a GPU of so many processors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "launch", Emulated().launch)
+        patch.setattr(launching, "unavailable", lambda device: None)
+        patch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=processors)
+        )
+        yield

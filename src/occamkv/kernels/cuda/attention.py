@@ -37,13 +37,13 @@ def attend(
     balance: Tensor | None = None,
     rotate_output: bool = False,
     key_bias: KeyBias | None = None,
-    launch: Launch = launching.launch,
+    launch: Launch | None = None,
     packed_splits: int | None = None,
 ) -> Tensor:
     """Attend from q to packed and full-precision tokens at once; see `occamkv.kernels.blockwise.attend`.
 
     Args beyond the contract:
-        launch: Runs the kernel.
+        launch: Runs the kernel; default `launching.launch`.
         packed_splits: Blocks that share the pages of a sequence and KV head; default `splits_for` the GPU.
 
     Raises:
@@ -82,7 +82,7 @@ def attend(
         packed_splits=packed_splits,
     )
     if call.out.numel():
-        launch(call, Format() if packed is None else packed.format, q.shape[3])
+        (launch or launching.launch)(call, Format() if packed is None else packed.format, q.shape[3])
     return call.out.to(q.dtype)
 
 
