@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import emulated_cuda
 import host_syncs
 from cache_mirror import assert_same_contents, contents
 from deferred_stepper import stepping
@@ -18,6 +19,8 @@ from occamkv import PackedCache, kernels
 from occamkv.errors import CacheMismatch, UnsupportedInput
 from occamkv.integrations.transformers import replay
 from occamkv.integrations.transformers.replay import CapturedStep, refuses_device
+from occamkv.methods import Method
+from occamkv.methods import method as method_named
 
 LLAMA = TINY["llama"]
 RAGGED = {0: 330, 1: 200}
@@ -68,10 +71,18 @@ def assert_same_cache(first: PackedCache, second: PackedCache) -> None:
             assert_same_contents(contents(a.cache, row), contents(b.cache, row))
 
 
-@pytest.mark.parametrize("rows", [RAGGED, {0: 150}, {0: 12, 1: 5}], ids=["ragged", "one", "short"])
-@pytest.mark.parametrize("method", ["oscar", "oscar_k3v4_m8_roll", "kivi_g64", "quarot"])
-def test_replays_give_the_logits_and_the_cache_of_eager_steps(method, rows, model, graphs):
-    steps, tokens = 290, tokens_of(290, len(rows))
+@pytest.mark.parametrize(
+    ("method", "rows", "steps"),
+    [
+        pytest.param("occam", RAGGED, 140, id="occam-ragged"),
+        pytest.param("oscar", RAGGED, 200, id="oscar-ragged"),
+        pytest.param("oscar_k3v4_m8_roll", {0: 150}, 140, id="8-bit-metadata-one"),
+        pytest.param("kivi_g64", {0: 12, 1: 5}, 280, id="kivi-short"),
+        pytest.param("quarot", {0: 120, 1: 3}, 40, id="quarot-one-packs"),
+    ],
+)
+def test_replays_give_the_logits_and_the_cache_of_eager_steps(method, rows, steps, model, graphs):
+    tokens = tokens_of(steps, len(rows))
     cache, other = (read_prompt(model, method, rows) for _ in range(2))
     with CapturedStep(model, cache, steps=steps + 7) as captured:
         logits = torch.cat([captured(step) for step in tokens.split(1, dim=1)], dim=1)
@@ -84,10 +95,25 @@ def test_replays_give_the_logits_and_the_cache_of_eager_steps(method, rows, mode
     assert difference(eager(model, cache, later), eager(model, other, later)) < 1e-5
 
 
+@pytest.mark.emulator
+@pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
+@pytest.mark.parametrize("method", ["occam", "oscar"])
+def test_replays_on_the_cuda_backend(method, model, monkeypatch):
+    monkeypatch.setattr(kernels, "BACKENDS", ("cuda",))
+    tokens = tokens_of(60)
+    with emulated_cuda.on_cpu(), stepping("cuda"):
+        cache, other = (read_prompt(model, method) for _ in range(2))
+        with CapturedStep(model, cache, steps=60) as captured:
+            logits = torch.cat([captured(step) for step in tokens.split(1, dim=1)], dim=1)
+        assert {layer.backend for layer in cache.report().layers} == {"cuda"}
+        assert difference(logits, eager(model, other, tokens)) < 1e-5
+        assert_same_cache(cache, other)
+
+
 def test_the_cache_can_be_read_between_replays(model):
-    tokens = tokens_of(200)
+    tokens = tokens_of(80)
     cache, other = (read_prompt(model, "oscar_roll") for _ in range(2))
-    with CapturedStep(model, cache, steps=200) as captured:
+    with CapturedStep(model, cache, steps=80) as captured:
         for number, step in enumerate(tokens.split(1, dim=1)):
             got, expected = captured(step), eager(model, other, step)
             assert difference(got, expected) < 1e-5
@@ -99,11 +125,11 @@ def test_the_cache_can_be_read_between_replays(model):
 
 
 def test_eager_steps_may_come_between(model):
-    tokens = tokens_of(150)
+    tokens = tokens_of(75)
     cache, other = (read_prompt(model, "oscar") for _ in range(2))
     expected = eager(model, other, tokens)
     made = []
-    with CapturedStep(model, cache, steps=150) as captured:
+    with CapturedStep(model, cache, steps=75) as captured:
         for number, step in enumerate(tokens.split(1, dim=1)):
             if number % 4 == 3:
                 made.append(eager(model, cache, step))
@@ -196,12 +222,10 @@ REFUSED = {
 }
 
 
-def some_method(name: str):
-    from occamkv.methods import method
-
+def some_method(name: str) -> Method:
     if name == "streaming":
-        return method("oscar", window=256)
-    return method("oscar", pins="at:0,350") if name == "at" else method(name)
+        return method_named("oscar", window=256)
+    return method_named("oscar", pins="at:0,350") if name == "at" else method_named(name)
 
 
 @pytest.mark.parametrize("what", REFUSED)
