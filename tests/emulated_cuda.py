@@ -5,12 +5,15 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from torch import Tensor
 
 from occamkv.errors import UnsupportedFormat
@@ -66,7 +69,8 @@ def native(packed: PackedTokens) -> PackedTokens:
     return replace(
         packed,
         slabs=[
-            replace(s, records=layout.to_native(s.records, format=s.format, head_dim=s.head_dim)) for s in packed.slabs
+            replace(s, records=layout.to_native(s.records, format=s.format, head_dim=s.head_dim), order=layout.ORDER)
+            for s in packed.slabs
         ],
     )
 
@@ -93,3 +97,13 @@ class Emulated:
 
         with mock.patch.object(launching, "launch", launch):
             return attend(q, packed=packed, packed_splits=self.packed_splits, **given)
+
+
+@contextmanager
+def on_cpu(*, processors: int = 1) -> Iterator[None]:
+    """Let the product's own CUDA backend take tensors on the CPU, as if they were on a GPU of so many processors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "launch", run)
+        patch.setattr(launching, "unavailable", lambda device: None)
+        patch.setattr(launching, "processors", lambda device: processors)
+        yield

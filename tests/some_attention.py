@@ -41,12 +41,13 @@ METHODS = {
 }
 
 
+ON_CPU = tuple(name for name in kernels.BACKENDS if name != "cuda")
+
+
 def targets() -> tuple[str, ...]:
-    """What the contract runs on: every backend, the CPU's once for each instruction set of this machine."""
+    """What the contract runs on: every backend of a CPU, its own once for each instruction set of this machine."""
     found = () if library.unavailable() else library.isas()
-    return tuple(
-        n for name in kernels.BACKENDS for n in ([f"cpu-{i}" for i in found] if name == "cpu" else []) or [name]
-    )
+    return tuple(n for name in ON_CPU for n in ([f"cpu-{i}" for i in found] if name == "cpu" else []) or [name])
 
 
 TARGETS = targets()
@@ -54,7 +55,7 @@ CPU_TARGETS = tuple(name for name in TARGETS if name.startswith("cpu"))
 DEFAULT_TARGETS = tuple(name for name in TARGETS if name not in CPU_TARGETS[1:])
 """Without the instruction sets that are not the best one: for tests of what all of them share."""
 
-AVAILABLE = tuple(name for name in kernels.BACKENDS if name != "cpu" or not library.unavailable())
+AVAILABLE = tuple(name for name in ON_CPU if name != "cpu" or not library.unavailable())
 """Backends that can run here: where the C++ library was not built, the CPU's cannot."""
 
 EMULATED = "emulated_cuda"

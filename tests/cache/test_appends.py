@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_mirror import Mirror, assert_same_contents, contents, records_of
-from occamkv.cache import layer as layer_module
+from occamkv.cache import waiting
 from occamkv.cache.pool import PagePool
 from occamkv.kernels import reference
 from occamkv.methods import method
@@ -73,7 +73,7 @@ def test_records_of_single_tokens_are_those_of_a_prompt(name, dtype):
 def test_the_encoder_works_through_a_long_prompt_in_parts(monkeypatch):
     k, v = some_kv(2, 700, torch.float32)
     whole = cache_of(FORMS["rolling"], k, v, [])
-    monkeypatch.setattr(layer_module, "_SLICE_VALUES", 1)
+    monkeypatch.setattr(waiting, "_SLICE_VALUES", 1)
     groups = []
     encode = reference.encode
     monkeypatch.setattr(reference, "encode", lambda k, v, **kw: groups.append(k.shape[0]) or encode(k, v, **kw))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cache_mirror import Mirror, assert_same, leaves, left_padded
-from occamkv.cache import layer, masks
+from occamkv.cache import masks, waiting
 from occamkv.errors import CacheMismatch, UnsupportedFormat, UnsupportedInput
 from occamkv.methods import method
 
@@ -104,7 +104,7 @@ def test_a_step_that_overflows_float16_is_refused_at_once(which, count):
 
 
 def test_a_first_step_that_is_dropped_leaves_an_empty_cache(monkeypatch):
-    monkeypatch.setattr(layer, "check_storable", lambda k, v, format: None)
+    monkeypatch.setattr(waiting, "check_storable", lambda k, v, format: None)
     mirror = Mirror(method("kivi"), batch=2)
     mirror.cache.update(*(x.repeat(1, 1, 150, 1) for x in large(mirror, "kivi-K", 1)))
     with pytest.raises(UnsupportedInput, match="does not fit"):
@@ -118,7 +118,7 @@ def test_a_first_step_that_is_dropped_leaves_an_empty_cache(monkeypatch):
 @pytest.mark.parametrize("which", LARGE)
 def test_without_the_check_a_token_that_overflows_is_still_refused_when_its_group_is_due(which, monkeypatch):
     """The second line of defence. A crop that takes the token away makes the cache usable again."""
-    monkeypatch.setattr(layer, "check_storable", lambda k, v, format: None)
+    monkeypatch.setattr(waiting, "check_storable", lambda k, v, format: None)
     mirror = Mirror(method(LARGE[which][0]), batch=2, heads=2, head_dim=64)
     mirror.step(200)
     mirror.put(*large(mirror, which, 1))

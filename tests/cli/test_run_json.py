@@ -27,6 +27,7 @@ FIELDS = {
     "text": str,
     "prefill_tokens_per_s": float,
     "decode_tokens_per_s": (float, MAYBE),
+    "gpu_memory": (dict, MAYBE),
     "cache": dict,
     "report": dict,
     "fidelity": (dict, MAYBE),

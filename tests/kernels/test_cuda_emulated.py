@@ -10,7 +10,6 @@ import torch
 import emulated_cuda
 from attention_truth import attention, relative_error
 from emulated_cuda import Emulated
-from occamkv import kernels
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import Format
 from occamkv.kernels import FullTokens, cuda
@@ -202,9 +201,10 @@ def test_the_backend_says_why_it_cannot_run_here():
     cpu, format = torch.device("cpu"), OSCAR.packed_format
     assert "not on cpu" in cuda.refuses(format, cpu)
     assert "one for each token" in cuda.refuses(METHODS["rtn"].packed_format, torch.device("cuda"))
+    assert "multiples of 8, not 20" in cuda.refuses(format, torch.device("cuda"), 20)
+    assert "lloyd levels" in cuda.refuses(METHODS["lloyd-max-levels-of-2.5-and-3-bits"].packed_format, cpu, 20)
     if not torch.cuda.is_available():
         assert "no NVIDIA GPU" in cuda.refuses(format, torch.device("cuda"))
-    assert "cuda" not in kernels.BACKENDS, "it has not run on a GPU yet"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from occamkv.cache.stepping import Stepping
 from occamkv.cache.store import Store
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.pages import Pages
-from occamkv.formats.records import decode_pages, from_groups, pages_of, places, to_groups, write
+from occamkv.formats.records import from_groups, pages_of, places, to_groups, write
 from occamkv.kernels import Backend, FullTokens, PackedTokens, Stepper
 from occamkv.methods import Method
 from occamkv.methods.crossing import Crossing, Statistics
@@ -132,7 +132,7 @@ def packed_scene(shape: Shape, method: Method, backend: Backend, *, context: int
     for held, x in ((store.residual_k, near_k), (store.residual_v, near_v)):
         held[:, :, ring] = x[:, :, pins : newest.start]
     at = torch.arange(context - queries, context)[None]
-    dequantized = partial(_dequantized, template, crossing, (near_k, near_v), pins, packed)
+    dequantized = partial(_dequantized, backend.decode(template), crossing, (near_k, near_v), pins, packed)
     full = [*store.full_tokens(), FullTokens(near_k[:, :, newest], near_v[:, :, newest], at)]
     whole = queries == 1 and crossing.v_signs is None
     return Scene(
@@ -156,7 +156,9 @@ def _template(tokens: tuple[Tensor, Tensor], method: Method, backend: Backend, c
     records = backend.encode(
         k, v, format=format, grid=method.grid, clip=method.clip, norm=method.norm, feedback=crossing.feedback
     )
-    pages = Pages.empty(_TEMPLATE_PAGES, format=format, kv_heads=k.shape[1], head_dim=k.shape[3], device=CPU)
+    pages = Pages.empty(
+        _TEMPLATE_PAGES, format=format, kv_heads=k.shape[1], head_dim=k.shape[3], device=CPU, order=backend.order
+    )
     page, slot = places(pages)
     write(pages, records, page=page, slot=slot)
     return pages
@@ -174,10 +176,10 @@ def _filled_store(method: Method, backend: Backend, template: Pages, packed: int
 
 
 def _dequantized(
-    template: Pages, crossing: Crossing, near: tuple[Tensor, Tensor], pins: int, packed: int
+    template: tuple[Tensor, Tensor], crossing: Crossing, near: tuple[Tensor, Tensor], pins: int, packed: int
 ) -> tuple[Tensor, Tensor]:
     """Return K and V of all tokens in order of position, float32 `[1, H, context, D]` in model space."""
-    far = crossing.leave(*(from_groups(x, 1) for x in decode_pages(template)))
+    far = crossing.leave(*(from_groups(x, 1) for x in template))
     copies = -(-packed // far[0].shape[2])
     made = []
     for here, there in zip(crossing.leave(*near), far, strict=True):

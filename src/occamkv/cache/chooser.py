@@ -95,7 +95,7 @@ class Chooser:
         q, at = torch.cat([q for q, _ in self._seen], dim=1), torch.cat([at for _, at in self._seen])
         good = ((at >= end // 2) & (at < end)).nonzero()[:, 0]
         few = good[spread(len(good), SAMPLE_QUERIES)]
-        return Sample(q[:, few], at[few], k[:, :end], v[:, :end], self._reading) if len(few) else None
+        return Sample(q[:, few], at[few].to(k.device), k[:, :end], v[:, :end], self._reading) if len(few) else None
 
 
 def _positions(cache: LayerCache, new: int) -> tuple[int, Tensor]:

@@ -12,23 +12,22 @@ from torch import Tensor
 from occamkv.cache import masks, pins
 from occamkv.cache.chooser import Chooser
 from occamkv.cache.heap import give_back
+from occamkv.cache.held import Held
 from occamkv.cache.slots import Slots
 from occamkv.cache.stepping import Stepping
 from occamkv.cache.store import Store
-from occamkv.cache.waiting import Waiting, check_same, padded
+from occamkv.cache.waiting import Waiting, check_same, enter, on_host, padded
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
-from occamkv.formats.records import LARGEST_TOKEN, check_storable
 from occamkv.kernels import backend_for
 from occamkv.methods import Method
 from occamkv.methods.crossing import Crossing, Statistics
 from occamkv.methods.method import check_kv
 
-_SLICE_VALUES = 2**18  # K values that are rotated and appended at a time
 _LONG_STEP = 8 * PAGE_TOKENS  # a prompt, not speculation; its freed memory is given back to the system
 
 
-class LayerCache:
+class LayerCache(Held):
     """Pages, residual and pins of one layer, behind `update`, `attend` and `dense`.
 
     Args:
@@ -38,8 +37,6 @@ class LayerCache:
         pack_after_attend: False delays packing to the next step, for engines that read one K and V several times in
             a step (layers that share their cache).
         pin_bias: Added to the logits of pins, float32 `[Hq]` or one number for all heads.
-
-    `step` holds the tokens of the current step.
     """
 
     def __init__(
@@ -60,56 +57,11 @@ class LayerCache:
         self.chooser: Chooser | None = None
         self.records_past = False
         self.dense_reads = self.packed_reads = self.lossy_crops = 0
-        self.store: Store | None = None
+        self._tokens: Store | None = None
         self._crossing: Crossing | None = None
         self.step: Waiting | None = None
         self._slots = Slots()
         self._stepping: Stepping | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave out what holds addresses: a copy of the cache has memory of its own."""
-        return self.__dict__ | {"_stepping": None}
-
-    @property
-    def length(self) -> int:
-        """Slots seen by the engine, pads and the current step included."""
-        return self._slots.count + self.new
-
-    @property
-    def new(self) -> int:
-        """Slots of the current step."""
-        return 0 if self.step is None else self.step.k.shape[2]
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences; 0 before the first update."""
-        return 0 if self.store is None else len(self.store.rows)
-
-    @property
-    def waiting(self) -> tuple[Tensor, Tensor] | None:
-        """K and V of a first step that nothing else has to be read with, `[B, H, T, D]` in model space; else None."""
-        return (self.step.k, self.step.v) if self.step is not None and not self._slots.count else None
-
-    def nbytes(self) -> dict[str, int]:
-        """Return the bytes held: `packed`, `residual` (the current step included), `pins`."""
-        held = self.store.nbytes() if self.store is not None else {"packed": 0, "residual": 0, "pins": 0}
-        held["residual"] += self._slots.nbytes + (0 if self.step is None else self.step.nbytes)
-        return held
-
-    @property
-    def packing_starts(self) -> int:
-        """Number of tokens at which the first group of a sequence is packed."""
-        return max(self.method.packing_starts, self.min_tokens)
-
-    def packed_tokens(self) -> list[int]:
-        """Return how many tokens of each sequence are packed and still there."""
-        return [] if self.store is None else [row.held for row in self.store.rows]
-
-    @property
-    def key_bias_pairs(self) -> int:
-        """How many pairs of channels are stored without the bias of the key projection."""
-        bias = None if self._crossing is None else self._crossing.key_bias
-        return 0 if bias is None else len(bias.rotary.frequencies)
 
     def update(self, k: Tensor, v: Tensor) -> None:
         """Take K and V of a step.
@@ -122,20 +74,19 @@ class LayerCache:
             UnsupportedInput: Shape, dtype or values are not allowed. Nothing was changed.
             CacheMismatch: The cache holds another batch size, shape, dtype or device. Nothing was changed.
         """
-        check_kv(k, v)
-        if self.store is not None:
-            check_same(k, self._store().residual_k)
+        check_kv(k, v, values=False)
+        if self._tokens is not None:
+            check_same(k, self._tokens.residual_k)
         else:
             self._crossing = self.method.crossing(k, self.statistics)
         if k.shape[2] == 0:
             return
         step = Waiting(k, v)
-        if self._cross.bound(k, v) > LARGEST_TOKEN:  # only values near the limit need to be rotated to know
-            at = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1)
-            check_storable(*self._rotate(k, v, at), format=self.method.packed_format)
+        if self._stepping is None or step.k.shape[2] > 1 or on_host(k):  # else no step waits for a GPU to be looked at
+            step.check(self._cross, self.method.packed_format)
         self.commit()
-        if self.store is None:
-            self.store = self._new_store(k)
+        if self._tokens is None:
+            self._tokens = self._new_store(k)
         self.step = step
 
     def _new_store(self, k: Tensor) -> Store:
@@ -179,15 +130,15 @@ class LayerCache:
         Raises:
             UnsupportedInput: Shapes do not fit, or a token of this step cannot be packed.
         """
-        store = self._store()
         self.note(seen)
         out = self._step(q, seen, sinks, scale=scale, window=window, softcap=softcap)
         if out is not None:
             return out
+        store = self._store()
         bias = None if self.pin_bias is None else self.pin_bias.to(q.device).expand(q.shape[1])
         full, at = store.full_tokens(pin_bias=bias), self._query_positions(q)
         if self.step is not None:
-            k, v = self._rotated(self.step)
+            k, v = self.step.inside(self._cross, self._query_positions(self.step.k))
             full += pins.step_tokens(k, v, self._query_positions(k), self.method.pinning, bias=bias)
         out = store.backend.attend(
             q,
@@ -214,13 +165,60 @@ class LayerCache:
         waits = self.records_past or not self.pack_after_attend or self.chooser is not None
         if step is None or step.kept is not None or masked or waits or (q.shape[2], self.new) != (1, 1):
             return None
-        self._stepping = self._stepping or Stepping(self._store(), self._cross, pin_bias=self.pin_bias)
-        out = self._stepping.run(q, step.k, step.v, sinks=sinks, **options)
+        stepping = self._stepping = self._stepping or self._new_stepping()
+        if not step.checked and stepping.will_pack:
+            step.check(self._cross, self.method.packed_format)
+            stepping.check_waiting()
+        out = stepping.run(q, step.k, step.v, sinks=sinks, **options)
         if out is not None:
             self.step = None
-            self._slots.append(1, None)
-            self.packed_reads += 1
+            if not stepping.recording:
+                self._took_one()
         return out
+
+    def _took_one(self) -> None:
+        self._slots.append(1, None)
+        self.packed_reads += 1
+
+    def _new_stepping(self) -> Stepping:
+        return Stepping(self._store(), self._cross, pin_bias=self.pin_bias)
+
+    def _end_stepping(self) -> None:
+        """Leave the store as its counts say, and free; whoever changes it comes here first."""
+        stepping, self._stepping = self._stepping, None
+        if stepping is not None:
+            stepping.end()
+
+    def reserve(self, steps: int, *, query_heads: int) -> Stepping:
+        """Make ready for so many plain steps of one token that are recorded once and then replayed.
+
+        Raises:
+            UnsupportedInput: One of them would not be plain. Nothing was changed.
+        """
+        if self.records_past or not self.pack_after_attend or self.chooser is not None:
+            raise UnsupportedInput("packing waits for more than attention here, so steps cannot be recorded.")
+        self.commit()
+        self._end_stepping()
+        stepping = self._new_stepping()
+        stepping.reserve(steps, query_heads=query_heads)
+        self._stepping = stepping
+        return stepping
+
+    def finish(self, stepping: Stepping) -> None:
+        """End steps that were reserved, if nothing has ended them yet.
+
+        Raises:
+            UnsupportedInput: They stored what is no number.
+        """
+        if self._stepping is stepping:
+            self._end_stepping()
+
+    def advance(self) -> None:
+        """Count a step that was replayed."""
+        if self._stepping is None or not self._stepping.reserved:
+            raise UnsupportedInput("the cache has changed since its steps were recorded.")
+        self._stepping.advance()
+        self._took_one()
 
     def note(self, seen: masks.Seen | None) -> None:
         """Remember which tokens of the current step are real."""
@@ -260,16 +258,18 @@ class LayerCache:
         if self.chooser is not None and any(self._store().due_after(new)):
             self.adopt(self.chooser.choose(self))
         at, store = self._query_positions(self.step.k), self._store()
-        step, self.step, self._stepping = self.step, None, None
-        store.reserve(new)
+        step, self.step = self.step, None
+        self._end_stepping()
         try:
-            for part in step.slices(_SLICE_VALUES if self.method.window is None else 0):
+            step.check(self._cross, self.method.packed_format)
+            store.reserve(new)
+            for part in step.slices(None if self.method.window is None else 0):
                 kept = None if step.kept is None else step.kept[:, part]
-                k, v = step.rotated or self._rotate(step.k[:, :, part], step.v[:, :, part], at[:, part])
+                k, v = step.rotated or enter(self._cross, step.k[:, :, part], step.v[:, :, part], at[:, part])
                 store.append(k, v, kept=kept)
         except UnsupportedInput:
             store.pool.drop_free_slabs()
-            self.store = store if self._slots.count else None
+            self._tokens = store if self._slots.count else None
             raise
         self._slots.append(step.k.shape[2], step.kept)
         if step.k.shape[2] >= _LONG_STEP and step.k.device.type == "cpu":
@@ -287,64 +287,22 @@ class LayerCache:
             )
         self.chooser = None
         statistics = None if self.statistics is None else self.statistics.used_by(method)
-        if self.store is None:
+        if self._tokens is None:
             self.method, self.statistics = method, statistics
             return
-        self._stepping = None
-        old, crossing = self.store.residual_k, method.crossing(self.store.residual_k, statistics)
+        self._end_stepping()
+        old, crossing = self._tokens.residual_k, method.crossing(self._tokens.residual_k, statistics)
         rows = [crossing.enter(k, v, pins.count(k)) for k, v in map(self.read, range(self.batch))]
         self.method, self.statistics, self._crossing = method, statistics, crossing
-        self.store = self._new_store(old)
+        self._tokens = self._new_store(old)
         k, v, kept = padded(rows)
-        self.store.append(k.to(old), v.to(old), kept=kept)
+        self._tokens.append(k.to(old), v.to(old), kept=kept)
         if self.step is not None:
             self.step.rotated = None
-
-    def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Return K and V of the tokens that the store holds of a sequence, float32 `[1, H, n, D]` in model space."""
-        k, v = (x[None] for x in self._store().read(row))
-        return self._cross.leave(k, v, pins.count(k))
 
     def forget_step(self) -> None:
         """Drop the tokens of the current step, after an error."""
         self.step = None
-
-    def _rotated(self, step: Waiting) -> tuple[Tensor, Tensor]:
-        """Return the step's K and V in cache space, in the model's dtype."""
-        made = step.rotated or self._rotate(step.k, step.v, self._query_positions(step.k))
-        if step.k.shape[2] < PAGE_TOKENS:
-            step.rotated = made
-        return made
-
-    def _rotate(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        inside_k, inside_v = self._cross.enter(k, v, at)
-        return inside_k.to(k.dtype), inside_v.to(v.dtype)
-
-    def _query_positions(self, q: Tensor) -> Tensor:
-        real = self.real_slots()
-        if real is None:
-            return torch.arange(self.length - q.shape[2], self.length, device=q.device).expand(q.shape[0], -1)
-        return masks.query_positions(real, q.shape[2])
-
-    def real_slots(self) -> Tensor | None:
-        """Return which slots hold real tokens, bool `[B, S]`, or None when all do (or nothing is known of them yet)."""
-        kept = None if self.step is None else self.step.kept
-        return self._slots.with_step(self.new, kept, like=self._store().residual_k)
-
-    def slots_before(self, new: int) -> Tensor | None:
-        """Return `real_slots` without the newest `new` slots."""
-        real = self.real_slots()
-        return None if real is None else real[:, : self.length - new]
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """Return all K and V dequantized, `[B, H, S, D]` in model space and dtype; earlier pads are zeros."""
-        self.dense_reads += 1
-        if self.waiting is not None:
-            return self.waiting
-        k, v = self._slots.spread([self.read(row) for row in range(self.batch)], like=self._store().residual_k)
-        if self.step is None:
-            return k, v
-        return torch.cat((k, self.step.k), dim=2), torch.cat((v, self.step.v), dim=2)
 
     def select(self, rows: Sequence[int]) -> None:
         """Make sequence i what sequence `rows[i]` was (beam search, several return sequences).
@@ -352,17 +310,17 @@ class LayerCache:
         Raises:
             UnsupportedInput: A row does not exist. Nothing was changed.
         """
-        if self.store is None:
+        if self._tokens is None:
             return
         if not rows or min(rows) < -self.batch or max(rows) >= self.batch:
             raise UnsupportedInput(
                 f"rows are {list(rows)}; allowed: at least one row, each below the batch size {self.batch}."
             )
         chosen = [row % self.batch for row in rows]
-        index = torch.tensor(chosen, device=self.store.residual_k.device)
-        self.store.select(chosen)
+        index = torch.tensor(chosen, device=self._tokens.residual_k.device)
+        self._end_stepping()
+        self._tokens.select(chosen)
         self._slots.select(index)
-        self._stepping = None
         if self.step is not None:
             self.step = self.step.select(index)
 
@@ -376,7 +334,7 @@ class LayerCache:
             raise UnsupportedInput(f"cannot remove {count} tokens; allowed: 0 to the {self.length} held.")
         taken = min(count, self.new)
         if count > taken:
-            self._stepping = None
+            self._end_stepping()
             self.lossy_crops += self._store().remove(self._slots.newest(count - taken, self.batch))
             self._slots.remove(count - taken)
         if self.step is not None and taken:
@@ -384,17 +342,8 @@ class LayerCache:
 
     def reset(self) -> None:
         """Forget everything, the batch size included."""
-        self.store = self.step = self._stepping = None
+        if self._stepping is not None:
+            self._stepping.stepper = None
+        self._tokens = self.step = self._stepping = None
         self._slots, self.records_past = Slots(), False
         self.dense_reads = self.packed_reads = self.lossy_crops = 0
-
-    @property
-    def _cross(self) -> Crossing:
-        if self._crossing is None:
-            raise UnsupportedInput("the cache is empty: call update(k, v) before attention reads it.")
-        return self._crossing
-
-    def _store(self) -> Store:
-        if self.store is None:
-            raise UnsupportedInput("the cache is empty: call update(k, v) before attention reads it.")
-        return self.store

@@ -9,18 +9,24 @@ from collections.abc import Sequence
 import torch
 
 from occamkv.formats import Format
-from occamkv.formats.pages import Pages
+from occamkv.formats.pages import CANONICAL, Pages
 from occamkv.formats.records import Records, write
 
 
 class PagePool:
-    """Pages of one layer, numbered through all slabs. A page shared by several sequences is counted, not copied."""
+    """Pages of one layer, numbered through all slabs. A page shared by several sequences is counted, not copied.
 
-    def __init__(self, *, format: Format, kv_heads: int, head_dim: int, device: torch.device) -> None:
+    Their bytes lie in the `order` of the backend that writes and reads them.
+    """
+
+    def __init__(
+        self, *, format: Format, kv_heads: int, head_dim: int, device: torch.device, order: str = CANONICAL
+    ) -> None:
         self.format = format
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.device = device
+        self.order = order
         self.slabs: list[Pages] = []
         self.starts: list[int] = []
         self._owners: dict[int, int] = {}
@@ -45,7 +51,12 @@ class PagePool:
         if missing <= 0:
             return
         slab = Pages.empty(
-            missing, format=self.format, kv_heads=self.kv_heads, head_dim=self.head_dim, device=self.device
+            missing,
+            format=self.format,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            device=self.device,
+            order=self.order,
         )
         start = self.starts[-1] + self.slabs[-1].count if self.slabs else 0
         self.slabs.append(slab)

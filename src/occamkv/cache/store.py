@@ -17,7 +17,7 @@ from occamkv.cache.pool import PagePool
 from occamkv.cache.row import Change, Row
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
-from occamkv.formats.records import Records, decode_pages, from_groups, pages_of, to_groups
+from occamkv.formats.records import Records, from_groups, pages_of, to_groups
 from occamkv.kernels import Backend, FullTokens, PackedTokens
 from occamkv.kernels.contract import positions_of
 from occamkv.methods import Method
@@ -51,12 +51,12 @@ class Store:
         feedback: Tensor | None = None,
     ) -> None:
         batch, heads, head_dim = shape
-        self.method, self.backend_name, self.min_tokens = method, backend, min_tokens
-        self.feedback = feedback
+        self.method, self.backend_name, self.min_tokens, self.feedback = method, backend, min_tokens, feedback
         self.move: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.format = method.packed_format
         self.rows = [Row() for _ in range(batch)]
-        self.pool = PagePool(format=self.format, kv_heads=heads, head_dim=head_dim, device=device)
+        order = self.backend.order
+        self.pool = PagePool(format=self.format, kv_heads=heads, head_dim=head_dim, device=device, order=order)
         self.pinning, self.ring_slots = method.pinning, method.residual_tokens
         ring, pinned = ((batch, heads, tokens, head_dim) for tokens in (self.ring_slots, method.pin_slots))
         self.residual_k, self.residual_v = (torch.zeros(ring, dtype=dtype, device=device) for _ in range(2))
@@ -325,7 +325,7 @@ class Store:
         k, v = [self.pin_k[row, :, : counts.pinned]], [self.pin_v[row, :, : counts.pinned]]
         packed = self.packed_tokens()
         if packed is not None and counts.packed:
-            for parts, pages in zip((k, v), decode_pages(packed.gather(counts.pages)), strict=True):
+            for parts, pages in zip((k, v), self.backend.decode(packed.gather(counts.pages)), strict=True):
                 parts.append(from_groups(pages, 1)[0, :, : counts.packed])
         for parts, ring in zip((k, v), self._ring(range(row, row + 1)), strict=True):
             parts.append(ring[0])
@@ -341,7 +341,7 @@ class Store:
         packed = self.packed_tokens()
         if packed is None:
             raise UnsupportedInput("no token is packed.")
-        k, v = decode_pages(packed.gather([row.pages[(start - row.dropped) // PAGE_TOKENS]]))
+        k, v = self.backend.decode(packed.gather([row.pages[(start - row.dropped) // PAGE_TOKENS]]))
         return k[0, :, start % PAGE_TOKENS :], v[0, :, start % PAGE_TOKENS :]
 
     def select(self, rows: Sequence[int]) -> None:

@@ -9,20 +9,44 @@ import torch
 from torch import Tensor
 
 from occamkv.errors import CacheMismatch
-from occamkv.formats import PAGE_TOKENS
+from occamkv.formats import PAGE_TOKENS, Format
+from occamkv.formats.records import LARGEST_TOKEN, check_storable
+from occamkv.methods.crossing import Crossing
+from occamkv.methods.method import check_kv
+
+_SLICE_VALUES, _DEVICE_SLICE_VALUES = 2**18, 2**24  # K values that are rotated and appended at a time
 
 
 @dataclass
 class Waiting:
     """Tokens of the current step, `[B, H, T, D]` in model space; `kept`: which are real (None: all, or not known).
 
-    A short step keeps what `rotated` made of it, because attention and append both need it.
+    A short step keeps what `inside` made of it, because attention and append both need it. `checked`: its values were
+    looked at.
     """
 
     k: Tensor
     v: Tensor
     kept: Tensor | None = None
     rotated: tuple[Tensor, Tensor] | None = None
+    checked: bool = False
+
+    def check(self, crossing: Crossing, format: Format) -> None:
+        """Raise `UnsupportedInput` unless its values can be packed, whatever group they will share."""
+        if self.checked:
+            return
+        check_kv(self.k, self.v)
+        if crossing.bound(self.k, self.v) > LARGEST_TOKEN:  # only values near the limit need to be rotated to know
+            at = torch.arange(self.k.shape[2], device=self.k.device).expand(self.k.shape[0], -1)
+            check_storable(*enter(crossing, self.k, self.v, at), format=format)
+        self.checked = True
+
+    def inside(self, crossing: Crossing, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Return K and V in cache space, in the model's dtype; `at`: their positions, int64 `[B, T]`."""
+        made = self.rotated or enter(crossing, self.k, self.v, at)
+        if self.k.shape[2] < PAGE_TOKENS:
+            self.rotated = made
+        return made
 
     @property
     def nbytes(self) -> int:
@@ -33,8 +57,13 @@ class Waiting:
         """Return how many real tokens each sequence gets."""
         return [self.k.shape[2]] * self.k.shape[0] if self.kept is None else self.kept.sum(1).tolist()
 
-    def slices(self, values: int) -> list[slice]:
-        """Cut a long step into parts of about `values` K values, whole pages; the bytes do not depend on the cuts."""
+    def slices(self, values: int | None = None) -> list[slice]:
+        """Cut a long step into parts of about `values` K values, whole pages; the bytes do not depend on the cuts.
+
+        None: as many as keep the workspace small beside what the device has, few enough launches on a GPU.
+        """
+        if values is None:
+            values = _SLICE_VALUES if on_host(self.k) else _DEVICE_SLICE_VALUES
         tokens = self.k.shape[2]
         at_once = max(PAGE_TOKENS, values // self.k[:, :, 0].numel() // PAGE_TOKENS * PAGE_TOKENS)
         return [slice(first, min(first + at_once, tokens)) for first in range(0, tokens, at_once)]
@@ -53,6 +82,17 @@ class Waiting:
         rest = self.k.shape[2] - count
         kept = None if self.kept is None else self.kept[:, :rest]
         return Waiting(self.k[:, :, :rest], self.v[:, :, :rest], kept) if rest else None
+
+
+def on_host(x: Tensor) -> bool:
+    """Tell whether the numbers of a tensor can be looked at without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def enter(crossing: Crossing, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Take K and V `[B, H, T, D]` at positions `at`, int64 `[B, T]`, to cache space, in their own dtype."""
+    inside_k, inside_v = crossing.enter(k, v, at)
+    return inside_k.to(k.dtype), inside_v.to(v.dtype)
 
 
 def check_same(k: Tensor, held: Tensor) -> None:

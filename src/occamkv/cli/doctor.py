@@ -24,6 +24,7 @@ _PACKAGES = {
     "typer": "this command (extra cli)",
     "rich": "this command (extra cli)",
     "matplotlib": "plots (extra plots)",
+    "cuda-bindings": "NVIDIA GPUs (extra cuda)",
 }
 
 

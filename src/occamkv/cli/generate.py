@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
@@ -22,6 +21,7 @@ from occamkv import __version__
 from occamkv.cache import CacheReport, Plan
 from occamkv.cli import models
 from occamkv.cli.conditions import conditions
+from occamkv.cli.memory import Memory, Watch
 from occamkv.errors import NothingQuantized, UnsupportedInput
 from occamkv.evals import Fidelity
 from occamkv.evals.receipt import SecondPass, receipt, second_pass
@@ -76,7 +76,7 @@ class Outcome:
     text: str
     new_tokens: int
     speed: Speed
-    rss_growth_bytes: int | None
+    memory: Memory
     report: CacheReport
     computed_bytes: int
     computed_full_bytes: int
@@ -117,7 +117,8 @@ class Outcome:
             "full_cache": None
             if self.full_speed is None
             else {"prefill_tokens_per_s": self.full_speed.prefill, "decode_tokens_per_s": self.full_speed.decode},
-            "rss_growth_bytes": self.rss_growth_bytes,
+            "rss_growth_bytes": self.memory.growth_bytes,
+            "gpu_memory": self.memory.gpu,
             "cache": {
                 "tokens": tokens,
                 "bits_per_value": sum(bits) / len(bits) if bits else float(width),
@@ -175,12 +176,12 @@ def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -
         model, settings.method, plan=settings.plan, min_tokens=settings.min_tokens, verify=settings.verify
     )
     _check_model(model, ids)
-    before = _resident_bytes()
+    memory = Watch(model.device)
     watch = _watch_prefill(model, progress, ids.shape[1])
     sequence, speed = _timed(settings, model, tokenizer, ids, cache, stream)
     while watch:
         watch.pop().remove()
-    grown = None if before is None else (_resident_bytes() or 0) - before
+    taken = memory.read()
     report = cache.report(verify=settings.verify is not None)
     new = sequence[0, ids.shape[1] :]
     computed, computed_full = _computed(cache, report)
@@ -205,7 +206,7 @@ def generate(settings: Settings, *, progress: Progress, stream: TextIO | None) -
         text=tokenizer.decode(new, skip_special_tokens=True),
         new_tokens=len(new),
         speed=speed,
-        rss_growth_bytes=grown,
+        memory=taken,
         report=report,
         computed_bytes=computed,
         computed_full_bytes=computed_full,
@@ -347,12 +348,3 @@ def _second_pass(
         controlled=settings.receipt,
         progress=lambda done: progress.update(task, completed=done),
     )
-
-
-def _resident_bytes() -> int | None:
-    """Return the resident memory of this process, or None where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -180,7 +180,7 @@ def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("bits per value", f"{cache['bits_per_value']:.2f} packed, {cache['bits_with_residual']:.2f} with residual"),
         ("cache, computed", f"{_mib(cache['computed_bytes'])} (full precision {_mib(cache['computed_full_bytes'])})"),
         ("cache, measured", f"{_mib(cache['measured_bytes'])} held by its tensors"),
-        ("process memory", _growth(data["rss_growth_bytes"])),
+        _memory(data),
         ("backend", data["backend"] or "none"),
         ("layers", f"{cache['packed_layers']} packed, {cache['full_layers']} not (reasons below)"),
     ]
@@ -204,6 +204,13 @@ def _speed(data: dict[str, Any], what: str, form: str) -> str:
         return "one token only"
     beside = "" if full is None or full[key] is None else f" (full cache with SDPA {full[key]:{form}})"
     return f"{data[key]:{form}} tokens/s{beside}"
+
+
+def _memory(data: dict[str, Any]) -> tuple[str, str]:
+    gpu = data["gpu_memory"]
+    if gpu is None:
+        return "process memory", _growth(data["rss_growth_bytes"])
+    return "GPU memory", f"{_mib(gpu['peak_bytes'])} at most, {_mib(gpu['before_bytes'])} before generating"
 
 
 def _growth(nbytes: int | None) -> str:

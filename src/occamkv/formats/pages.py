@@ -5,7 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from occamkv.errors import UnsupportedInput
 from occamkv.formats.format import PAGE_TOKENS, Format
+
+CANONICAL = "canonical"
+"""The order of bytes that docs/format.md describes; a backend may write and read another one."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Pages:
         records: uint8 `[P, H, R, record_bytes]`, R = `format.page_records`.
         norms: `[P, 128]` in `format.norm_dtype`, or None without token scale.
         super_scales: float16 `[P, H, R, 2]` (K, V), or None with 16-bit metadata.
+        order: Order of the bytes within a record.
     """
 
     format: Format
@@ -27,9 +32,18 @@ class Pages:
     records: Tensor
     norms: Tensor | None
     super_scales: Tensor | None
+    order: str = CANONICAL
 
     @staticmethod
-    def empty(pages: int, *, format: Format, kv_heads: int, head_dim: int, device: torch.device | str) -> "Pages":
+    def empty(
+        pages: int,
+        *,
+        format: Format,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        order: str = CANONICAL,
+    ) -> "Pages":
         """Allocate zeroed pages, so that the bytes of records not yet written are defined."""
         per_head = (pages, kv_heads, format.page_records)
         size = format.sections(head_dim).record_bytes
@@ -39,7 +53,7 @@ class Pages:
         if format.metadata_bits == 8:
             super_scales = torch.zeros((*per_head, 2), dtype=torch.float16, device=device)
         records = torch.zeros((*per_head, size), dtype=torch.uint8, device=device)
-        return Pages(format, head_dim, records, norms, super_scales)
+        return Pages(format, head_dim, records, norms, super_scales, order)
 
     @property
     def count(self) -> int:
@@ -61,6 +75,14 @@ class Pages:
         """Bytes held, norms and super-scales included."""
         return sum(t.nbytes for t in self.tensors)
 
+    def check_order(self, order: str) -> None:
+        """Raise `UnsupportedInput` unless the bytes lie in this order."""
+        if self.order != order:
+            raise UnsupportedInput(
+                f"the records of pages lie in order {self.order!r}; allowed here: {order!r}. Read them with the "
+                "backend that wrote them: its `decode` gives K and V."
+            )
+
     def select(self, index: Tensor) -> "Pages":
         """Copy out the pages with these numbers, int64 `[N]`."""
         return Pages(
@@ -69,12 +91,19 @@ class Pages:
             records=self.records.index_select(0, index),
             norms=None if self.norms is None else self.norms.index_select(0, index),
             super_scales=None if self.super_scales is None else self.super_scales.index_select(0, index),
+            order=self.order,
         )
 
     @staticmethod
     def concatenate(parts: "list[Pages]") -> "Pages":
-        """Join pages of the same format into one object (copies)."""
+        """Join pages of the same format and order into one object (copies).
+
+        Raises:
+            UnsupportedInput: They lie in different orders.
+        """
         first = parts[0]
+        for part in parts:
+            part.check_order(first.order)
         if len(parts) == 1:
             return first
         norms = [p.norms for p in parts if p.norms is not None]
@@ -85,4 +114,5 @@ class Pages:
             records=torch.cat([p.records for p in parts]),
             norms=torch.cat(norms) if norms else None,
             super_scales=torch.cat(supers) if supers else None,
+            order=first.order,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from occamkv.errors import UnsupportedInput
 from occamkv.formats.format import PAGE_TOKENS, Format, channel_groups, padded
-from occamkv.formats.pages import Pages
+from occamkv.formats.pages import CANONICAL, Pages
 from occamkv.ops import affine, lloyd, packing
 from occamkv.ops.norms import NORMS, Norm, token_norm
 
@@ -223,7 +223,12 @@ def decode(records: Records, *, format: Format, head_dim: int) -> tuple[Tensor, 
 
 
 def decode_pages(pages: Pages) -> tuple[Tensor, Tensor]:
-    """Read whole pages back: K and V, float32 `[P, H, 128, D]` in cache space. Records never written read as zeros."""
+    """Read whole pages back: K and V, float32 `[P, H, 128, D]` in cache space. Records never written read as zeros.
+
+    Raises:
+        UnsupportedInput: Their bytes lie in a backend's own order.
+    """
+    pages.check_order(CANONICAL)
     k, v = _decode_sides(pages.records, pages.super_scales, format=pages.format, head_dim=pages.head_dim)
     if pages.norms is not None:
         k *= pages.norms.to(torch.float32).unflatten(1, (-1, pages.format.record_tokens))[:, None, :, :, None]

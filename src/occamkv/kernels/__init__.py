@@ -22,7 +22,7 @@ __all__ = [
     "refusals",
 ]
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "cpu", "reference")
 """Names of the backends, fastest first."""
 
 

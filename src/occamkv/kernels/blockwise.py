@@ -23,6 +23,7 @@ Reader = Callable[[Pages], tuple[Tensor, Tensor]]
 
 _KV_WORKSPACE_BYTES = 4 * 2**20  # K and V of one block as float32; temporaries of decoding take about as much again
 _LOGITS = 2**19  # logits of one block of queries
+_ON_DEVICES = 32  # times as much of both on GPUs, where small blocks are mostly launches
 
 
 def attend(
@@ -95,7 +96,7 @@ def attend(
         if key_bias is not None:
             block = block._replace(k=_biased_keys(block, key_bias))
         rows = block.k.shape[0] * block.k.shape[1] * block.k.shape[2] * block.k.shape[3]
-        step = max(1, _LOGITS // max(1, rows * queries.shape[2]))
+        step = max(1, _LOGITS * _share(q) // max(1, rows * queries.shape[2]))
         for first in range(0, length, step):
             _add_block(running, queries, block, view, slice(first, min(first + step, length)))
     out = running.total / torch.where(running.weight > 0, running.weight, 1.0)[..., None]
@@ -201,9 +202,14 @@ def _hide(logits: Tensor, block: _Block, view: _View, rows: slice, steps: slice)
     return (logits + picked).masked_fill(~seen | (picked <= lowest), float("-inf"))
 
 
+def _share(x: Tensor) -> int:
+    """Return how many times the limits hold where a tensor lies."""
+    return 1 if x.device.type == "cpu" else _ON_DEVICES
+
+
 def _full_blocks(part: FullTokens) -> Iterator[_Block]:
     batch, heads, tokens, head_dim = part.k.shape
-    at_once = max(1, _KV_WORKSPACE_BYTES // (2 * 4 * heads * head_dim))  # tokens of all rows together
+    at_once = max(1, _KV_WORKSPACE_BYTES * _share(part.k) // (2 * 4 * heads * head_dim))  # tokens of all rows together
     rows_in_block = max(1, min(batch, at_once // PAGE_TOKENS))
     step = max(1, at_once // rows_in_block)
     for row in range(0, batch, rows_in_block):
@@ -221,7 +227,7 @@ def _blocks(packed: PackedTokens | None, full: Sequence[FullTokens], read: Reade
         return
     heads, head_dim = packed.slabs[0].kv_heads, packed.slabs[0].head_dim
     page_bytes = 2 * 4 * heads * PAGE_TOKENS * head_dim
-    in_block = max(1, _KV_WORKSPACE_BYTES // page_bytes)
+    in_block = max(1, _KV_WORKSPACE_BYTES * _share(packed.table) // page_bytes)
     batch, table, lengths = packed.table.shape[0], packed.table.tolist(), packed.lengths.tolist()
     check_lengths(lengths, record_tokens=packed.format.record_tokens, pages=packed.table.shape[1])
     counts = [records.pages_of(n) for n in lengths]
@@ -243,6 +249,7 @@ def _blocks(packed: PackedTokens | None, full: Sequence[FullTokens], read: Reade
             empty = index >= packed.lengths[of_rows, None]
             shape = (len(rows), last - page)
             k, v = k.unflatten(0, shape), v.unflatten(0, shape)
-            if bool(empty.any()):  # bytes of records not yet written may read as anything, and 0 * NaN is NaN
+            if min(lengths[r] for r in rows) < last * PAGE_TOKENS:
+                # bytes of records not yet written may read as anything, and 0 * NaN is NaN
                 v = v.masked_fill(empty.unflatten(1, (-1, 1, PAGE_TOKENS, 1)), 0.0)
             yield _Block(first, k, v, positions.masked_fill(empty, -1))

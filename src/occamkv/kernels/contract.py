@@ -109,6 +109,8 @@ class StepLayer:
         hadamard_block: K and Q are rotated in blocks of this size.
         balance: d, `[H, D]`: K is multiplied by it, Q divided.
         rotate_v: V is stored rotated.
+        flush_tokens: Before it takes a token, a backend that counts on its own packs so many of each sequence with 128
+            or more in the ring; 0 where it must not.
         key_bias: As in `attend`. The bias of a step's token is taken out of its K, which comes with it, before K
             crosses into cache space.
     """
@@ -129,13 +131,16 @@ class StepLayer:
     hadamard_block: int | None
     balance: Tensor | None
     rotate_v: bool
+    flush_tokens: int = 0
     key_bias: KeyBias | None = None
 
 
 class Stepper(Protocol):
     """Runs decode steps of a layer: rotate, append, attend and pack in one call.
 
-    `residual` counts the tokens of each sequence in the ring; each step brings it up to date.
+    `residual` counts the tokens of each sequence in the ring; each step brings it up to date. A step may be recorded
+    and replayed without these counts: then its first act packs what the step before left over (`flush_tokens`), by
+    counts in the memory of the device, and `settle` packs what the last one left.
     """
 
     residual: Array[c_int64]
@@ -152,7 +157,7 @@ class Stepper(Protocol):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Take one token of every sequence.
+        """Take one token of every sequence; where a graph is recorded, describe that and pack nothing afterwards.
 
         Args:
             q: `[B, Hq, 1, D]` in model space.
@@ -169,6 +174,10 @@ class Stepper(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Pack what replayed steps have left over."""
+        ...
+
 
 class Backend(Protocol):
     """The kernels for one kind of device."""
@@ -176,6 +185,11 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """Name in reports."""
+        ...
+
+    @property
+    def order(self) -> str:
+        """Order of the bytes within a record, as it writes and reads them; others are refused."""
         ...
 
     def refuses(self, format: Format, device: torch.device, head_dim: int | None = None) -> str | None:
@@ -220,6 +234,10 @@ class Backend(Protocol):
         rotate_v: bool = False,
     ) -> Records:
         """Encode groups; see `occamkv.kernels.reference.encode` for the contract."""
+        ...
+
+    def decode(self, pages: Pages) -> tuple[Tensor, Tensor]:
+        """Read whole pages back: K and V, float32 `[P, H, 128, D]` in cache space."""
         ...
 
     def stepper(self, layer: StepLayer) -> Stepper | None:

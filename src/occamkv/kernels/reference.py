@@ -5,14 +5,16 @@ from torch import Tensor
 
 from occamkv import ops
 from occamkv.formats import Format, records
+from occamkv.formats.pages import CANONICAL
 from occamkv.formats.records import Records
+from occamkv.formats.records import decode_pages as decode
 from occamkv.kernels.blockwise import attend
 from occamkv.kernels.contract import StepLayer
 from occamkv.ops.norms import Norm
 
-__all__ = ["attend", "encode", "name", "refuses", "stepper"]
+__all__ = ["attend", "decode", "encode", "name", "order", "refuses", "stepper"]
 
-name = "reference"
+name, order = "reference", CANONICAL
 
 
 def refuses(format: Format, device: torch.device, head_dim: int | None = None) -> str | None:

@@ -367,8 +367,10 @@ class Encoded:
         return self.pages.nbytes + (0 if vector is None else vector.nbytes)
 
 
-def check_kv(k: Tensor, v: Tensor, *, multiple: int = 1) -> None:
+def check_kv(k: Tensor, v: Tensor, *, multiple: int = 1, values: bool = True) -> None:
     """Raise unless K and V are `[B, H, T, D]` float tensors of one shape, dtype and device, with finite values.
+
+    Without `values` these are not looked at, so nothing waits for a GPU.
 
     Raises:
         UnsupportedInput: Shape, dtype, device or values are not allowed.
@@ -384,7 +386,7 @@ def check_kv(k: Tensor, v: Tensor, *, multiple: int = 1) -> None:
     if k.shape[0] == 0 or k.shape[1] == 0 or k.shape[2] % multiple or no_tokens:
         wanted = f", T a multiple of {multiple} and not 0" if multiple > 1 else ""
         raise UnsupportedInput(f"{given}; allowed: at least one sequence and one head{wanted}.")
-    for name, x in (("K", k), ("V", v)):
+    for name, x in (("K", k), ("V", v)) if values else ():
         if not bool(x.isfinite().all()):
             bad = x.isfinite().logical_not()
             raise UnsupportedInput(

@@ -167,6 +167,13 @@ class PackedLayer(DynamicLayer):
             self.observer = self.cache.chooser.see
 
     @property
+    def looked_at(self) -> bool:
+        """Whether anybody is shown each step: an observer, unless it is a chooser that has chosen, or a shadow."""
+        chooser = getattr(self.observer, "__self__", None)
+        chose = isinstance(chooser, Chooser) and self.cache is not None and self.cache.chooser is None
+        return self.shadow is not None or (self.observer is not None and not chose)
+
+    @property
     def keys(self) -> Tensor | None:
         """K of all slots, dequantized, `[B, H, S, D]`; None before the first update."""
         if self.cache is None:

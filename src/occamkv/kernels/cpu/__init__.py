@@ -7,14 +7,16 @@ dequantizes, never on the whole cache at once.
 import torch
 
 from occamkv.formats import Format
+from occamkv.formats.pages import CANONICAL
 from occamkv.kernels.cpu.attention import HEAD_DIM_STEP, attend
+from occamkv.kernels.cpu.encoding import decode_pages as decode
 from occamkv.kernels.cpu.encoding import encode
 from occamkv.kernels.cpu.library import unavailable
 from occamkv.kernels.cpu.step import stepper
 
-__all__ = ["attend", "encode", "name", "refuses", "stepper"]
+__all__ = ["attend", "decode", "encode", "name", "order", "refuses", "stepper"]
 
-name = "cpu"
+name, order = "cpu", CANONICAL
 
 
 def refuses(format: Format, device: torch.device, head_dim: int | None = None) -> str | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from occamkv import ops
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS, Format, records
-from occamkv.formats.pages import Pages
+from occamkv.formats.pages import CANONICAL, Pages
 from occamkv.formats.records import Records
 from occamkv.kernels.cpu import library
 from occamkv.kernels.cpu.structs import layout_of, readable, view_of
@@ -88,7 +88,11 @@ def decode_pages(pages: Pages, *, dtype: torch.dtype = torch.float32) -> tuple[T
 
     Returns:
         K and V `[P, H, 128, D]` in cache space, as `formats.records.decode_pages` gives them.
+
+    Raises:
+        UnsupportedInput: Their bytes lie in another backend's order.
     """
+    pages.check_order(CANONICAL)
     count, heads, per_page, _ = pages.records.shape
     tokens = pages.format.record_tokens
     k, v = (torch.empty(count, heads, PAGE_TOKENS, pages.head_dim, dtype=dtype) for _ in range(2))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
-from occamkv.formats.pages import Pages
+from occamkv.formats.pages import CANONICAL, Pages
 from occamkv.kernels.contract import FullTokens, PackedTokens
 from occamkv.kernels.cpu import library
 from occamkv.kernels.cpu.structs import DTYPES, layout_of, readable, view_of
@@ -28,6 +28,7 @@ def _numbers(x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
 
 
 def _slab(pages: Pages, start: int, first: Pages, record_bytes: int) -> library.Slab:
+    pages.check_order(CANONICAL)
     if (pages.format, pages.head_dim, pages.kv_heads) != (first.format, first.head_dim, first.kv_heads):
         raise UnsupportedInput(
             f"pages of one layer hold {first.format} and {pages.format}, or heads of different shapes."

@@ -1,25 +1,33 @@
-"""The CUDA backend in the making: attention. It is not among the backends until it has run on a GPU and can encode."""
+"""The CUDA backend: kernels in CUDA C++ that read packed bytes in an order of their own, compiled when first needed."""
 
 import torch
 
 from occamkv.formats import Format
+from occamkv.kernels.cuda import launching
 from occamkv.kernels.cuda.attention import attend
-from occamkv.kernels.cuda.launching import unavailable
+from occamkv.kernels.cuda.attention import decode_native as decode
+from occamkv.kernels.cuda.encoding import encode, stepper
+from occamkv.kernels.cuda.layout import ORDER
 
-__all__ = ["attend", "name", "refuses", "refuses_format"]
+__all__ = ["attend", "decode", "encode", "name", "order", "refuses", "refuses_format", "stepper"]
 
-name = "cuda"
+name, order = "cuda", ORDER
+
+HEAD_DIM_STEP = 8
+"""Channels that are loaded together."""
 
 
 def refuses(format: Format, device: torch.device, head_dim: int | None = None) -> str | None:
     """Return why this backend cannot take `format` on `device`, one sentence, or None."""
-    return refuses_format(format) or unavailable(device)
+    return refuses_format(format, head_dim) or launching.unavailable(device)
 
 
-def refuses_format(format: Format) -> str | None:
-    """Return why the kernel cannot read `format`, one sentence, or None."""
+def refuses_format(format: Format, head_dim: int | None = None) -> str | None:
+    """Return why the kernels cannot read `format`, one sentence, or None."""
     if format.levels != "uniform":
         return f"it reads codes that mean code * scale + minimum, not {format.levels} levels"
     if format.k_axis != "channel":
         return "it reads K with one scale for each channel of a group of tokens, not one for each token"
+    if head_dim is not None and head_dim % HEAD_DIM_STEP:
+        return f"it takes head_dims that are multiples of {HEAD_DIM_STEP}, not {head_dim}"
     return None

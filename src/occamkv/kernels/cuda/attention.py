@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from occamkv.formats.pages import Pages
+from occamkv.formats.pages import CANONICAL, Pages
 from occamkv.formats.records import decode_pages
 from occamkv.kernels import blockwise
 from occamkv.kernels.contract import FullTokens, PackedTokens
@@ -42,8 +42,10 @@ def attend(
         packed_splits: Blocks that share the pages of a sequence and KV head; default `splits_for` the GPU.
 
     Raises:
-        UnsupportedInput: Shapes, dtypes or devices do not fit together.
+        UnsupportedInput: Shapes, dtypes or devices do not fit together, or pages lie in another order.
     """
+    for slab in () if packed is None else packed.slabs:
+        slab.check_order(layout.ORDER)
     if key_bias is not None and not len(key_bias.rotary.frequencies):
         key_bias = None
     parts = sum(part.k.shape[2] > 0 for part in full)
@@ -101,6 +103,11 @@ def _shortest(rows: int, pages: int, slots: int) -> int:
 
 
 def decode_native(pages: Pages) -> tuple[Tensor, Tensor]:
-    """Read whole pages in native order back: K and V, float32 `[P, H, 128, D]` in cache space."""
+    """Read whole pages in native order back: K and V, float32 `[P, H, 128, D]` in cache space.
+
+    Raises:
+        UnsupportedInput: Their bytes lie in another order.
+    """
+    pages.check_order(layout.ORDER)
     records = layout.to_canonical(pages.records, format=pages.format, head_dim=pages.head_dim)
-    return decode_pages(replace(pages, records=records))
+    return decode_pages(replace(pages, records=records, order=CANONICAL))

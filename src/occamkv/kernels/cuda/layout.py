@@ -16,6 +16,9 @@ from occamkv.formats.format import channel_groups
 from occamkv.formats.records import stored_metadata
 from occamkv.ops import packing
 
+ORDER = "cuda-1"
+"""Name of this order; any change of it is another number."""
+
 LARGEST_K_SCALE, LARGEST_K_SCALE_BY_NORM = 4094.0, 127.0
 """Of K, and of K divided by its token norm: q times it must fit a float16 (`Q_EXPONENT` in native/layout.cuh)."""
 

@@ -1,0 +1,72 @@
+"""Packed caches on a device that is not the CPU: nothing is made on the wrong one (see `pretend_device`)."""
+
+import pytest
+import torch
+
+import pretend_device
+from integrations.architectures import TINY
+from integrations.steps import prompt, words
+from occamkv import PackedCache
+from occamkv.methods import method
+from pretend_device import NAME
+
+RAGGED = {0: 330, 1: 200}
+FORMS = {
+    **{name: method(name) for name in ("occam_quality", "turboquant", "ott", "kvarn", "rtn")},
+    "a window with pins": method("oscar", window=256, pins="at:0,7,130"),
+}
+
+
+@pytest.fixture(autouse=True)
+def device():
+    with pretend_device.present():
+        yield
+
+
+def given(name: str) -> dict[str, torch.Tensor]:
+    return {key: x.to(NAME) for key, x in prompt(TINY[name], RAGGED).items()}
+
+
+def assert_on_device(cache: PackedCache) -> None:
+    stores = [layer.cache.store for layer in cache.layers if getattr(layer, "cache", None) is not None]
+    tensors = [x for s in stores for x in (s.residual_k, s.pin_v, *(t for slab in s.pool.slabs for t in slab.tensors))]
+    assert tensors and {x.device.type for x in tensors} == {NAME}
+    assert cache.report().quantized
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("form", FORMS)
+def test_methods(form):
+    model = TINY["llama"].build().to(NAME)
+    cache = PackedCache(model, FORMS[form])
+    model.generate(**given("llama"), past_key_values=cache, max_new_tokens=40, do_sample=False)
+    assert_on_device(cache)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prefill_chunk_size": 64}], ids=["beams", "chunks"])
+def test_what_generate_offers(options):
+    model = TINY["qwen2 with a large key bias"].build().to(NAME)
+    cache = PackedCache(model, "occam", verify=not options.get("num_beams"))
+    inputs = given("qwen2 with a large key bias")
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=10, do_sample=False, **options)
+    assert_on_device(cache)
+
+
+@torch.no_grad()
+def test_crop_choice_of_sequences_and_dense_reads():
+    model = TINY["llama"].build().to(NAME)
+    cache = PackedCache(model, "occam")
+    model(words(330).repeat(2, 1).to(NAME), past_key_values=cache)
+    cache.crop(-170)
+    cache.batch_select_indices(torch.tensor([1, 1, 0]).to(NAME))
+    model(words(5).repeat(3, 1).to(NAME), past_key_values=cache)
+    assert cache.layers[0].keys.device.type == NAME
+    assert_on_device(cache)
+
+
+def test_twin_a_cache_on_the_cpu_is_not_on_the_device():
+    model = TINY["llama"].build()
+    cache = PackedCache(model, "occam")
+    model.generate(**prompt(TINY["llama"], RAGGED), past_key_values=cache, max_new_tokens=2, do_sample=False)
+    with pytest.raises(AssertionError):
+        assert_on_device(cache)
