@@ -244,9 +244,10 @@ def test_what_cannot_be_recorded_is_refused_and_goes_on(what, model, monkeypatch
 def test_backends_without_steps_devices_without_graphs_and_layers_that_grow_are_refused(model, monkeypatch):
     cache = read_prompt(model, "oscar")
     held = cache.nbytes()
-    monkeypatch.setattr(kernels.backend("reference"), "stepper", lambda layer: None)
-    with pytest.raises(UnsupportedInput, match="reference has no call for a whole step"):
-        CapturedStep(model, cache, steps=500)
+    with monkeypatch.context() as patch:  # undone before what the fixture has put there
+        patch.setattr(kernels.backend("reference"), "stepper", lambda layer: None)
+        with pytest.raises(UnsupportedInput, match="reference has no call for a whole step"):
+            CapturedStep(model, cache, steps=500)
     assert cache.nbytes() == held
     monkeypatch.setattr(replay, "refuses_device", refuses_device)
     with pytest.raises(UnsupportedInput, match="the cache lies on cpu"):
