@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from occamkv import kernels, ops
-from occamkv.cache import waiting
 from occamkv.formats.records import to_groups, write
 from occamkv.integrations.transformers import replay
 from occamkv.kernels import FullTokens, PackedTokens, StepLayer
@@ -144,6 +143,6 @@ def stepping(name: str) -> Iterator[Graphs]:
         patch.setattr(backend, "stepper", stepper)
         patch.setattr(replay, "record", graphs.record)
         patch.setattr(replay, "refuses_device", lambda device: None)
-        patch.setattr("occamkv.cache.layer.on_host", lambda x: False)
-        patch.setattr(waiting, "on_host", lambda x: False)
+        for user in ("layer", "stepping", "waiting"):
+            patch.setattr(f"occamkv.cache.{user}.on_host", lambda x: False)
         yield graphs

@@ -37,15 +37,17 @@ class Held:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what holds addresses: a copy of the cache has memory of its own."""
-        if self._stepping is not None and self._stepping.reserved:
-            raise UnsupportedInput("steps of this cache are being replayed: close() them before it is copied.")
+        if self._stepping is not None:
+            if self._stepping.reserved:
+                raise UnsupportedInput("steps of this cache are being replayed: close() them before it is copied.")
+            self._stepping.tidy()
         return self.__dict__ | {"_stepping": None}
 
     @property
     def store(self) -> Store | None:
         """The tokens, with all packed that should be; None before the first update."""
         if self._stepping is not None:
-            self._stepping.settle()
+            self._stepping.tidy()
         return self._tokens
 
     @property
@@ -103,7 +105,7 @@ class Held:
     def real_slots(self) -> Tensor | None:
         """Return which slots hold real tokens, bool `[B, S]`, or None when all do (or nothing is known of them yet)."""
         kept = None if self.step is None else self.step.kept
-        return self._slots.with_step(self.new, kept, like=self._store().residual_k)
+        return self._slots.with_step(self.new, kept, like=(self._tokens or self._store()).residual_k)
 
     def slots_before(self, new: int) -> Tensor | None:
         """Return `real_slots` without the newest `new` slots."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from occamkv.cache.store import Store
+from occamkv.cache.waiting import on_host
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
 from occamkv.formats.records import check_storable, pages_of
@@ -118,17 +119,27 @@ class Stepping:
             row.packed, row.residual = row.packed + count, row.residual + 1 - count
 
     def _make_room(self, due: Sequence[int]) -> bool:
-        """Make sure that each sequence owns the pages that its due tokens go to; tell whether any was not foreseen."""
-        pool, changed = self._store.pool, False
-        for row, count, spare in zip(self._store.rows, due, self._spare, strict=True):
+        """Make sure that each sequence owns the pages that its due tokens go to; tell whether any was not foreseen.
+
+        On a device each sequence of a ragged batch gets one page more, or it would be described anew every few steps.
+        """
+        store, pool, changed = self._store, self._store.pool, False
+        for row, count in zip(store.rows, due, strict=True):
             if count and row.packed % PAGE_TOKENS and pool.shared(row.pages[-1]):
                 row.pages[-1], changed = pool.duplicate(row.pages[-1]), True
-            missing = max(0, pages_of(row.held + count) - len(row.pages))
-            if missing > len(spare):
-                spare += pool.allocate(missing - len(spare))
-                changed = True
-            row.pages = row.pages + spare[:missing]
-            del spare[:missing]
+        missing = [
+            max(0, pages_of(row.held + count) - len(row.pages)) for row, count in zip(store.rows, due, strict=True)
+        ]
+        if any(count > len(spare) for count, spare in zip(missing, self._spare, strict=True)):
+            ragged = len({row.residual for row in store.rows}) > 1
+            ahead = 1 if ragged and not on_host(store.residual_k) else 0
+            short = [max(0, n + ahead - len(spare)) for n, spare in zip(missing, self._spare, strict=True)]
+            pool.reserve(sum(short))
+            self._spare = [spare + pool.allocate(n) for n, spare in zip(short, self._spare, strict=True)]
+            changed = True
+        for row, spare, count in zip(store.rows, self._spare, missing, strict=True):
+            row.pages = row.pages + spare[:count]
+            del spare[:count]
         return changed
 
     def reserve(self, steps: int, *, query_heads: int) -> None:
@@ -193,6 +204,17 @@ class Stepping:
             self.stepper.settle()
         self._owes = False
 
+    def tidy(self) -> None:
+        """Leave the store as its counts say, to be looked at: settled, and no page ahead but for replays."""
+        self.settle()
+        if not self.reserved and any(self._spare):
+            self._give_back()
+
+    def _give_back(self) -> None:
+        spare, self._spare = [number for row in self._spare for number in row], [[] for _ in self._spare]
+        self.stepper = None
+        self._store.pool.release(spare)
+
     def end(self) -> None:
         """Settle, and give back the pages that were not needed.
 
@@ -200,9 +222,7 @@ class Stepping:
             UnsupportedInput: A replayed step stored what is no number.
         """
         self.settle()
-        self.stepper = None
-        spare, self._spare = [number for row in self._spare for number in row], [[] for _ in self._spare]
-        self._store.pool.release(spare)
+        self._give_back()
         if self._replayed:
             self._check_replayed()
 
