@@ -5,6 +5,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,7 @@ HERE = ROOT / "tests" / "cuda"
 NATIVE = ROOT / "src" / "occamkv" / "kernels" / "cuda" / "native"
 BUILDS = ROOT / "build" / "emulator"
 FLAGS = ("-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS += ("-ffp-contract=off",)  # as `building` has NVRTC round for the kernels that write records
 
 
 def missing() -> str | None:
@@ -69,6 +72,20 @@ def native(packed: PackedTokens) -> PackedTokens:
             replace(s, records=layout.to_native(s.records, format=s.format, head_dim=s.head_dim)) for s in packed.slabs
         ],
     )
+
+
+@contextmanager
+def mutated(monkeypatch: Any, folder: Path, file: str, old: str, new: str) -> Iterator[None]:
+    """Build kernels from a source in which something is wrong."""
+    for path in NATIVE.iterdir():
+        text = path.read_text()
+        assert path.name != file or old in text
+        (folder / path.name).write_text(text.replace(old, new) if path.name == file else text)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "NATIVE", folder)
+        build.cache_clear()
+        yield
+    build.cache_clear()
 
 
 class Emulated:

@@ -1,12 +1,13 @@
-"""The CUDA backend in the making: attention. It is not among the backends until it has run on a GPU and can encode."""
+"""The CUDA backend in the making: attention and encoding. It is not yet among the backends."""
 
 import torch
 
 from occamkv.formats import Format
 from occamkv.kernels.cuda.attention import attend
+from occamkv.kernels.cuda.encoding import encode
 from occamkv.kernels.cuda.launching import unavailable
 
-__all__ = ["attend", "name", "refuses", "refuses_format"]
+__all__ = ["attend", "encode", "name", "refuses", "refuses_format"]
 
 name = "cuda"
 

@@ -28,7 +28,9 @@ MAX_PARTS = 4
 EVERYTHING = 2**62
 """A window wider than any context."""
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""What the kernels read, `Dtype` of native/arguments.h."""
+
 _FULL_TILE = 16  # tokens that a warp reads at a time
 _WARPS = 4
 _MOST_FULL_SPLITS = 8
@@ -121,7 +123,7 @@ def prepare(
             f"and {MAX_PARTS}."
         )
     keep: list[Tensor] = []
-    q = q if q.dtype in _DTYPES else q.to(torch.float32)
+    q = q if q.dtype in DTYPES else q.to(torch.float32)
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = torch.empty((batch, queries, query_heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     tiles = -(-query_heads // kv_heads * queries // COLUMNS)
@@ -146,7 +148,7 @@ def prepare(
         query_heads=query_heads,
         kv_heads=kv_heads,
         queries=queries,
-        q_dtype=_DTYPES[q.dtype],
+        q_dtype=DTYPES[q.dtype],
         packed_splits=packed_splits,
         splits=splits,
         tiles=tiles,
@@ -195,7 +197,7 @@ def _floats(x: Tensor | None) -> Tensor | None:
 
 def _aligned(x: Tensor) -> Tensor:
     """Return x, or a copy, in a known dtype, with channels side by side and rows at multiples of 16 bytes."""
-    x = x if x.dtype in _DTYPES else x.to(torch.float32)
+    x = x if x.dtype in DTYPES else x.to(torch.float32)
     apart = [x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])]
     return x if x.stride(-1) == 1 and not any(n % 16 for n in apart) else x.contiguous().clone()
 
@@ -212,7 +214,7 @@ def _part(part: FullTokens, keep: list[Tensor]) -> Part:
         _kept(part.positions.to(torch.int64).contiguous(), keep),
         _kept(_floats(part.logit_bias), keep),
         k.shape[2],
-        _DTYPES[k.dtype],
+        DTYPES[k.dtype],
     )
 
 
