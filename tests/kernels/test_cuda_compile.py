@@ -86,7 +86,7 @@ def test_no_registers_spill_in_other_formats(format, head_dim, architecture):
 
 PACKING = [
     (name, format, head_dim, architecture)
-    for name in ("encode",)
+    for name in ("encode", "append")
     for format, head_dim in [
         (INT2, 128),
         (Format(k_bits=3, v_bits=4, k_group=64, v_group=128, metadata_bits=8), 128),

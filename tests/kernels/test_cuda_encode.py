@@ -262,6 +262,7 @@ def test_twin_a_wrong_kernel_is_noticed(what, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("format", "head_dim"), [(Format(), 64), (OCCAM, 80), (Format(k_group=128, v_group=128), 128)], ids=str
 )
-def test_the_shared_memory_that_is_asked_for_is_what_the_kernel_uses(format, head_dim):
-    library = emulated_cuda.build("encode", **Kernel("encode", format, head_dim).macros(), BULK=0)
-    assert library.occamkv_memory_bytes() == building.packing_bytes(format, head_dim)
+def test_the_shared_memory_that_is_asked_for_is_what_the_kernels_use(format, head_dim):
+    for name in ("encode", "append"):
+        library = emulated_cuda.build(name, **Kernel(name, format, head_dim).macros(), BULK=0)
+        assert library.occamkv_memory_bytes() == building.packing_bytes(format, head_dim)

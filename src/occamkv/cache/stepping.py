@@ -92,7 +92,7 @@ class Stepping:
         """Return what a backend needs to know of the layer."""
         bias = None if self._pin_bias is None else self._pin_bias.expand(query_heads)
         store, method, crossing = self._store, self._store.method, self._crossing
-        rows = store.rows
+        rows, waits = store.rows, store.residual_k.shape[2] != store.ring_slots  # for min_tokens
         return StepLayer(
             slabs=store.pool.slabs,
             starts=store.pool.starts,
@@ -104,6 +104,7 @@ class Stepping:
             ring=(store.residual_k, store.residual_v),
             pins=replace(store.pinned(), logit_bias=bias),
             format=store.format,
+            flush_tokens=0 if method.finds_pins or waits else method.flush_tokens,
             grid=method.grid,
             clip=method.clip,
             feedback=store.feedback,

@@ -103,6 +103,8 @@ class StepLayer:
         ring: K and V of the residual, `[B, H, slots, D]` in cache space.
         pins: Pinned tokens in full precision.
         format: What records are.
+        flush_tokens: Tokens that are packed at a time once 128 wait in the ring, whole records; 0: a backend that
+            decides this on its device packs nothing, and the cache goes the long way when something is due.
         grid: As in `encode`.
         clip: As in `encode`.
         feedback: As in `encode`.
@@ -123,6 +125,7 @@ class StepLayer:
     ring: tuple[Tensor, Tensor]
     pins: FullTokens
     format: Format
+    flush_tokens: int
     grid: Grid
     clip: float | None
     feedback: Tensor | None
@@ -166,6 +169,14 @@ class Stepper(Protocol):
 
         Returns:
             `[B, Hq, 1, D]` in model space and in the dtype of q.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Pack what is due and bring `residual` up to date, where steps ran without this object: a replayed graph.
+
+        Raises:
+            UnsupportedInput: A step could not be stored.
         """
         ...
 

@@ -116,6 +116,9 @@ class LayerStep:
         self._positions += 1
         return out.to(q.dtype)
 
+    def settle(self) -> None:
+        """Do nothing: every step has settled; see `Stepper`."""
+
 
 def _positions(layer: StepLayer) -> int:
     """Return a number above the positions of all tokens held."""

@@ -1,4 +1,4 @@
-"""The CUDA backend in the making: attention and encoding. It is not yet among the backends."""
+"""The CUDA backend in the making: attention, encoding, whole steps. It is not yet among the backends."""
 
 import torch
 
@@ -6,8 +6,9 @@ from occamkv.formats import Format
 from occamkv.kernels.cuda.attention import attend
 from occamkv.kernels.cuda.encoding import encode
 from occamkv.kernels.cuda.launching import unavailable
+from occamkv.kernels.cuda.stepping import stepper
 
-__all__ = ["attend", "encode", "name", "refuses", "refuses_format"]
+__all__ = ["attend", "encode", "name", "refuses", "refuses_format", "stepper"]
 
 name = "cuda"
 

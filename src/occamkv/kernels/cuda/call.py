@@ -2,7 +2,7 @@
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -170,12 +170,24 @@ def check_places(packed: PackedTokens) -> None:
     """Raise `UnsupportedInput` unless the table has all pages of each sequence, and slabs have them."""
     lengths = packed.lengths.tolist()
     check_lengths(lengths, record_tokens=packed.format.record_tokens, pages=packed.table.shape[1])
-    ends = [start + slab.count for start, slab in zip(packed.starts, packed.slabs, strict=True)]
-    for row, tokens in zip(packed.table.tolist(), lengths, strict=True):
-        for number in row[: pages_of(tokens)]:
-            slab = bisect_right(packed.starts, number) - 1
-            if slab < 0 or number >= ends[slab]:
-                raise UnsupportedInput(f"the block table names page {number}, which is in no slab.")
+    rows = zip(packed.table.tolist(), lengths, strict=True)
+    check_pages([n for row, tokens in rows for n in row[: pages_of(tokens)]], packed.slabs, packed.starts)
+
+
+def check_pages(numbers: Iterable[int], slabs: Sequence[Pages], starts: Sequence[int]) -> None:
+    """Raise `UnsupportedInput` unless slabs have all these pages."""
+    for number in numbers:
+        slab = bisect_right(starts, number) - 1
+        if slab < 0 or number >= starts[slab] + slabs[slab].count:
+            raise UnsupportedInput(f"the block table names page {number}, which is in no slab.")
+
+
+def slab_table(slabs: Sequence[Pages], starts: Sequence[int], like: Tensor) -> Tensor:
+    """Return `Slab` structs, int64 `[slabs, 4]`, on the device of `like`, where the slabs must be."""
+    table = tuple(
+        (start, *(_place(t, like) for t in _tensors(pages))) for start, pages in zip(starts, slabs, strict=True)
+    )
+    return _slab_table(table, like.device)
 
 
 def _full_splits(parts: Sequence[FullTokens]) -> int:
@@ -220,11 +232,8 @@ def _part(part: FullTokens, keep: list[Tensor]) -> Part:
 
 def _describe_packed(arguments: Arguments, packed: PackedTokens, q: Tensor, keep: list[Tensor]) -> None:
     batch = q.shape[0]
-    slabs = tuple(
-        (start, *(_place(t, q) for t in _tensors(pages)))
-        for start, pages in zip(packed.starts, packed.slabs, strict=True)
-    )
-    arguments.slabs = _kept(_slab_table(slabs, q.device), keep)
+    slabs = packed.slabs
+    arguments.slabs = _kept(slab_table(slabs, packed.starts, q), keep)
     arguments.slab_count = len(slabs)
     table = packed.table
     of_rows = (packed.lengths, packed.first_position)
