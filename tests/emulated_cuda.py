@@ -84,8 +84,10 @@ def mutated(monkeypatch: Any, folder: Path, file: str, old: str, new: str) -> It
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "NATIVE", folder)
         build.cache_clear()
-        yield
-    build.cache_clear()
+        try:
+            yield
+        finally:
+            build.cache_clear()
 
 
 class Emulated:

@@ -1,5 +1,7 @@
 """Inputs shared by the tests of records: every format, and keys and values that no torch version changes."""
 
+import random
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -80,3 +82,16 @@ def raw(t: torch.Tensor | None) -> np.ndarray | None:
 def same(a: Records, b: Records) -> bool:
     """Whether two records hold the same bytes."""
     return all(np.array_equal(raw(x), raw(y)) for x, y in zip(a, b, strict=True))
+
+
+def some_format(rng: random.Random) -> Format:
+    """A format that the CUDA kernels read: uniform levels, K groups along tokens."""
+    return Format(
+        k_bits=rng.choice((2, 3, 4)),
+        v_bits=rng.choice((2, 3, 4)),
+        k_group=rng.choice((32, 64, 128)),
+        v_group=rng.choice((32, 64, 128, 256)),
+        token_scale=rng.random() < 0.6,
+        norm_dtype=rng.choice(("float32", "float16")),
+        metadata_bits=rng.choice((16, 8)),
+    )

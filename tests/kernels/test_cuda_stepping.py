@@ -1,6 +1,7 @@
 """Whole decode steps of the CUDA backend on a CPU: the bytes and, nearly, the outputs of the reference's cache."""
 
 import copy
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from occamkv.kernels.cuda import launching, layout, stepping
 from occamkv.kernels.cuda.kernel import Call
 from occamkv.methods import Method, method
 from occamkv.ops.rope import KeyBias, Rotary
+from some_records import some_format
 
 pytestmark = pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
 
@@ -35,14 +37,16 @@ FORMS = {
 }
 
 
-OPTIONS = ({}, {"window": 100}, {"softcap": 4.0, "scale": 0.2}, {"sinks": torch.linspace(-1, 1, 4)}, {}, {})
+OPTIONS = ({}, {"window": 100}, {"softcap": 4.0, "scale": 0.2}, {"sinks": torch.linspace(-1, 1, 6)}, {}, {})
 
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch):
     """What the emulator was given to run, as on a GPU of one processor."""
     calls: list[Call] = []
-    monkeypatch.setattr(launching, "launch", lambda call: calls.append(call) or emulated_cuda.run(call))
+    monkeypatch.setattr(
+        launching, "launch", lambda call: calls.append(call) or emulated_cuda.run(call, order=len(calls))
+    )
     monkeypatch.setattr(launching, "processors", lambda device: 1)
     return calls
 
@@ -63,7 +67,10 @@ def queries(mirror: Mirror, steps: int) -> Iterator[tuple[Tensor, dict[str, Any]
     generator = torch.Generator().manual_seed(3)
     for number in range(steps):
         q = torch.randn(2, 2 * mirror.shape[0], 1, mirror.shape[1], generator=generator)
-        yield q.to(mirror.dtype), OPTIONS[number // 5 % len(OPTIONS)]
+        told = dict(OPTIONS[number // 5 % len(OPTIONS)])
+        if "sinks" in told:
+            told["sinks"] = told["sinks"][: q.shape[1]]
+        yield q.to(mirror.dtype), told
 
 
 def decoded(form: Method, name: str, monkeypatch: Any, *, steps: int, **options: Any) -> tuple[list[Tensor], Mirror]:
@@ -310,9 +317,27 @@ MUTATIONS = {
         "(u16 *)place.slab.supers + 2 * record",
         "(u16 *)place.slab.supers + 2 * place.of_head(a.kv_heads, 0)",
     ),
+    "no barrier before V": ("  barrier();\n}\n\nOKV_DEVICE void take_token", "}\n\nOKV_DEVICE void take_token"),
     "no balance": ("{balance, r.k_block", "{nullptr, r.k_block"),
     "V not rotated": ("{nullptr, r.v_block, r.v_factor", "{nullptr, 0, 1.0f"),
 }
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("seed", range(8))
+def test_any_format(seed, monkeypatch):
+    rng = random.Random(seed)
+    form = Method(
+        "oscar",
+        some_format(rng),
+        k_rotation=rng.choice(("none", "hadamard", "balanced")),
+        v_rotation=rng.choice(("none", "hadamard")),
+        flush=rng.choice(("block", "rolling")),
+        pins=rng.choice(("none", "first:4")),
+    )
+    dtype = rng.choice((torch.float32, torch.bfloat16, torch.float16))
+    head_dim, heads = rng.choice((32, 40, 64, 80)), rng.randint(1, 3)
+    check(form, monkeypatch, steps=70, tokens=rng.randint(200, 330), head_dim=head_dim, heads=heads, dtype=dtype)
 
 
 @pytest.mark.emulator

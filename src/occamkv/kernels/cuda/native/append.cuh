@@ -108,8 +108,7 @@ OKV_DEVICE void run(const AppendArguments &a, Packing &shared) {
   if (!is_last(a, batch, shared)) return;
   i64 *positions = a.positions + (i64)batch * a.slots;
   for (i64 number = first + thread(); number < packed; number += THREADS) positions[number % a.slots] = -1;
-  barrier();
-  if (thread() == 0) {
+  if (thread() == 0) {  // the new token's slot is an empty one or the oldest token's, which this thread has emptied
     if (taken) positions[(packed + residual) % a.slots] = ++a.position[batch];
     a.packed[batch] = packed, a.residual[batch] = residual + taken;
   }
