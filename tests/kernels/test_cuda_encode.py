@@ -217,7 +217,7 @@ MUTATIONS = {
         "(leaf(0) + leaf(4 * step)) + (leaf(2 * step) + leaf(6 * step))",
         "(leaf(0) + leaf(2 * step)) + (leaf(4 * step) + leaf(6 * step))",
     ),
-    "a quotient that is not quite rounded": ("pack.cuh", "i < 2; i++) q = fused", "i < 0; i++) q = fused"),
+    "a quotient that is not quite rounded": ("pack.cuh", "fused(fused(-near, divisor, above), inverse, near)", "near"),
     "padding with codes": ("pack.cuh", "channel >= HEAD_DIM) code = 0", "channel >= HEAD_DIM) code = 1"),
     "no barrier before codes": (
         "pack.cuh",

@@ -92,24 +92,22 @@ struct Way {
   const float *divisors;  // of each row, in shared memory, or null
 };
 
-// Scale 8 rotated channels, divide them by the token norm; whether they are finite before that.
-OKV_DEVICE bool arrive(float (&y)[8], const Way &way, int row) {
-  bool finite = true;
+// Scale 8 rotated channels, divide them by the token norm; `check` becomes NaN if one is not finite before that.
+OKV_DEVICE void arrive(float (&y)[8], const Way &way, int row, float &check) {
+  if (way.factor != 1.0f)
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    y[i] *= way.factor;
-    finite &= (float_to_bits(y[i]) & 0x7fffffffu) < 0x7f800000u;
-  }
+    for (int i = 0; i < 8; i++) y[i] *= way.factor;
+#pragma unroll
+  for (int i = 0; i < 8; i++) check = fused(y[i], 0.0f, check);
   if (way.divisors)
 #pragma unroll
     for (int i = 0; i < 8; i++) y[i] /= way.divisors[row];
-  return finite;
 }
 
 // Read rows into cache space, `from` on; zeros behind HEAD_DIM. Returns whether this thread saw finite values only.
 template <int ROW>
 OKV_DEVICE bool load_rows(float *x, int rows, const View &view, i64 from, const Way &way) {
-  bool finite = true;
+  float check = 0.0f;
   for (int unit = thread(); unit < rows * EIGHTS; unit += THREADS) {
     const int row = unit / EIGHTS, c = unit % EIGHTS * 8;
     float y[8] = {};
@@ -119,12 +117,12 @@ OKV_DEVICE bool load_rows(float *x, int rows, const View &view, i64 from, const 
 #pragma unroll
         for (int i = 0; i < 8; i++) y[i] *= way.balance[c + i];
       butterflies<8>(y, way.block);
-      if (way.block <= 8) finite &= arrive(y, way, row);
+      if (way.block <= 8) arrive(y, way, row, check);
     }
     store_floats(x + row * ROW + c, y);
   }
   barrier();
-  if (way.block <= 8) return finite;
+  if (way.block <= 8) return check == 0.0f;
   for (int half = 8; half < way.block;) {
     if (half * 8 <= way.block) wide_butterflies<8, ROW>(x, rows, half), half *= 8;
     else if (half * 4 <= way.block) wide_butterflies<4, ROW>(x, rows, half), half *= 4;
@@ -135,11 +133,11 @@ OKV_DEVICE bool load_rows(float *x, int rows, const View &view, i64 from, const 
     float *at = x + row * ROW + unit % (HEAD_DIM / 8) * 8;
     float y[8];
     load_floats(y, at);
-    finite &= arrive(y, way, row);
+    arrive(y, way, row, check);
     store_floats(at, y);
   }
   barrier();
-  return finite;
+  return check == 0.0f;
 }
 
 // Add up 8 numbers as ops/sums.py does: the second half to the first, and again. Works for whatever has a +.
