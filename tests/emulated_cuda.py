@@ -27,6 +27,7 @@ HERE = ROOT / "tests" / "cuda"
 NATIVE = ROOT / "src" / "occamkv" / "kernels" / "cuda" / "native"
 BUILDS = ROOT / "build" / "emulator"
 FLAGS = ("-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS += ("-ffp-contract=off",)  # as `building` has NVRTC round for the kernels that write records
 
 
 def missing() -> str | None:
@@ -73,6 +74,22 @@ def native(packed: PackedTokens) -> PackedTokens:
             for s in packed.slabs
         ],
     )
+
+
+@contextmanager
+def mutated(monkeypatch: Any, folder: Path, file: str, old: str, new: str) -> Iterator[None]:
+    """Build kernels from a source in which something is wrong."""
+    for path in NATIVE.iterdir():
+        text = path.read_text()
+        assert path.name != file or old in text
+        (folder / path.name).write_text(text.replace(old, new) if path.name == file else text)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "NATIVE", folder)
+        build.cache_clear()
+        try:
+            yield
+        finally:
+            build.cache_clear()
 
 
 class Emulated:

@@ -133,17 +133,19 @@ static void run_fiber() {
   _longjmp(scheduler, 1);
 }
 
-static void run_block(std::vector<char> &stacks) {
+// Threads take turns from the first to the last or, `backwards`, the other way: a barrier that is missing shows in one.
+static void run_block(char *stacks, bool backwards) {
   memset((void *)shared, 0xff, sizeof *shared);
   waiting = crossings = 0;
   alive = THREADS;
   arrivals.clear();
   for (Warp &warp : warps) warp = Warp();
-  for (int i = 0; i < THREADS; i++) {
+  for (int turn = 0; turn < THREADS; turn++) {
+    const int i = backwards ? THREADS - 1 - turn : turn;
     fibers[i] = Fiber();
     ucontext_t start, back;
     getcontext(&start);
-    start.uc_stack.ss_sp = stacks.data() + (size_t)i * STACK_BYTES;
+    start.uc_stack.ss_sp = stacks + (size_t)i * STACK_BYTES;
     start.uc_stack.ss_size = STACK_BYTES;
     start.uc_link = nullptr;
     makecontext(&start, run_fiber, 0);
@@ -151,8 +153,10 @@ static void run_block(std::vector<char> &stacks) {
     if (!_setjmp(scheduler)) swapcontext(&back, &start);  // it comes back through `scheduler`
   }
   while (alive && !failure)
-    for (current = 0; current < THREADS; current++)
+    for (int turn = 0; turn < THREADS; turn++) {
+      current = backwards ? THREADS - 1 - turn : turn;
       if (!fibers[current].done && !_setjmp(scheduler)) _longjmp(fibers[current].at, 1);
+    }
   for (const Fiber &fiber : fibers)
     for (const auto &group : fiber.groups)
       if (!group.empty()) failure = "a copy was never waited for";
@@ -162,10 +166,11 @@ static void run_block(std::vector<char> &stacks) {
 
 }  // namespace emulator
 
-// Runs all blocks of a grid, in an order that `order` shuffles; returns what went wrong, or null.
+// Runs all blocks of a grid, in an order that `order` shuffles, their threads backwards if it is odd; returns what went
+// wrong, or null.
 extern "C" const char *occamkv_run(const occam::Given *given, int x, int y, int z, int order) {
   using namespace emulator;
-  std::vector<char> stacks((size_t)THREADS * STACK_BYTES);
+  static char *const stacks = (char *)malloc((size_t)THREADS * STACK_BYTES);
   emulator::given = given;
   shared = (occam::Memory *)aligned_alloc(128, (sizeof(occam::Memory) + 127) / 128 * 128);
   failure = nullptr;
@@ -179,7 +184,7 @@ extern "C" const char *occamkv_run(const occam::Given *given, int x, int y, int 
   for (int i = 0; i < blocks && !failure; i++) {
     const int number = (int)((long long)i * step % blocks);
     position[0] = number % x, position[1] = number / x % y, position[2] = number / x / y;
-    run_block(stacks);
+    run_block(stacks, order & 1);
   }
   free(shared);
   return failure;

@@ -135,6 +135,15 @@ OKV_DEVICE void load(u32 *to, const void *from) {
   memcpy(to, from, 4 * N);
 }
 
+template <int N>
+OKV_DEVICE void store(void *to, const u32 *from) {
+  if ((u64)to % (4 * N)) emulator::fail("a store is not aligned");
+  memcpy(to, from, 4 * N);
+}
+
+OKV_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+OKV_DEVICE void raise_flags(u32 *flags, u32 bits) { *flags |= bits; }
+
 OKV_DEVICE void fence() {}
 OKV_DEVICE u32 count_up(u32 *counter) { return (*counter)++; }
 OKV_DEVICE float load_fresh(const float *x) { return *x; }

@@ -17,7 +17,7 @@ from occamkv.kernels.cuda import building
 from occamkv.kernels.cuda.kernel import Kernel
 from some_attention import METHODS, Held, make_case
 
-REGISTERS = {4: 128, 3: 168, 2: 255, 1: 255}
+REGISTERS = {5: 102, 4: 128, 3: 168, 2: 255, 1: 255}
 """At most, by thread blocks of a processor."""
 
 LOOP_INSTRUCTIONS = 75
@@ -30,9 +30,15 @@ needs_nvrtc = pytest.mark.skipif(building.unavailable() is not None, reason=str(
 
 
 def build_of(
-    format: Format, head_dim: int = 128, *, softcap: bool = False, architecture: str = "sm_90a", **changed: int
+    format: Format,
+    head_dim: int = 128,
+    *,
+    name: str = "attend",
+    softcap: bool = False,
+    architecture: str = "sm_90a",
+    **changed: int,
 ) -> building.Build:
-    planned = building.plan(Kernel("attend", format, head_dim, softcap), architecture)
+    planned = building.plan(Kernel(name, format, head_dim, softcap), architecture)
     return planned._replace(macros=planned.macros | changed)
 
 
@@ -76,6 +82,32 @@ OTHERS = [
 )
 def test_no_registers_spill_in_other_formats(format, head_dim, architecture):
     check_registers(build_of(format, head_dim, softcap=head_dim % 64 == 0, architecture=architecture))
+
+
+PACKING = [
+    (name, format, head_dim, architecture)
+    for name in ("encode", "append")
+    for format, head_dim in [
+        (INT2, 128),
+        (Format(k_bits=3, v_bits=4, k_group=64, v_group=128, metadata_bits=8), 128),
+        (Format(k_bits=4, v_bits=3, k_group=128, metadata_bits=8, token_scale=True, norm_dtype="float16"), 80),
+        (Format(k_bits=4, v_bits=2), 256),
+        (Format(k_bits=3, v_bits=3, token_scale=True), 64),
+    ]
+    for architecture in building.ARCHITECTURES
+]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("name", "format", "head_dim", "architecture"),
+    [pytest.param(*one, marks=[pytest.mark.emulator] if one[1:3] != (INT2, 128) else []) for one in PACKING],
+    ids=str,
+)
+def test_no_registers_spill_in_kernels_that_write_records(name, format, head_dim, architecture):
+    build = build_of(format, head_dim, name=name, architecture=architecture)
+    check_registers(build)
+    assert build.shared_bytes <= building.MAX_SHARED_BYTES
 
 
 @needs_nvrtc

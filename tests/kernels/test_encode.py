@@ -16,7 +16,7 @@ from occamkv.formats.pages import Pages
 from occamkv.formats.records import Records
 from occamkv.kernels import reference
 from occamkv.kernels.cpu import encoding, library
-from some_records import formats, head_dims, keys_and_values
+from some_records import formats, head_dims, keys_and_values, planted, raw, same, strided
 
 GOLDEN = json.loads(GOLDEN_FILE.read_text())["records"]
 OCCAM = Format(token_scale=True, norm_dtype="float16", metadata_bits=8)
@@ -44,34 +44,6 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
 
-def strided(x: torch.Tensor, how: str) -> torch.Tensor:
-    """The same values with other strides."""
-    if how == "heads inside":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if how == "in a wider tensor":
-        wide = x.new_zeros(*x.shape[:-1], x.shape[-1] + 3)
-        wide[..., 2:-1] = x
-        return wide[..., 2:-1]
-    if how == "channels apart":
-        return x.mT.contiguous().mT
-    return x
-
-
-def planted(x: torch.Tensor, seed: int) -> torch.Tensor:
-    """Values that are hard to round: ties, constant channels and tokens, zeros of both signs, tiny and large ones."""
-    generator = np.random.default_rng(seed)
-    some = lambda n: int(generator.integers(n))  # noqa: E731
-    kind, (_, _, tokens, channels) = some(8), x.shape
-    x = (x * 4).round() / 4 if kind == 0 else x * [1, 1e-6, 1e-39, 1e-30, 1e3, 1, 1, 1][kind]
-    if some(3) == 0:
-        x[some(len(x)), :, :, some(channels)] = [0.0, 0.7, -0.0, 6e4][some(4)]
-    if some(3) == 0:
-        x[some(len(x)), :, some(tokens)] = [0.0, 0.7, -0.0][some(3)]
-    if some(6) == 0:
-        x[x.abs() < 0.3] = -0.0
-    return x
-
-
 @st.composite
 def cases(draw) -> Case:
     format, head_dim, heads = draw(formats("uniform")), draw(head_dims), draw(st.integers(1, 4))
@@ -94,15 +66,6 @@ def cases(draw) -> Case:
         "feedback": feedback if draw(st.integers(0, 3)) == 0 else None,
     }
     return Case(k, v, options)
-
-
-def raw(t: torch.Tensor | None) -> np.ndarray | None:
-    """The bytes of a tensor: NaN and zeros of both signs are what they are."""
-    return None if t is None else t.contiguous().view(torch.uint8).numpy()
-
-
-def same(a: Records, b: Records) -> bool:
-    return all(np.array_equal(raw(x), raw(y)) for x, y in zip(a, b, strict=True))
 
 
 def outcome(encode, case: Case) -> Records | str:

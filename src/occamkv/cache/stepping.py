@@ -256,12 +256,12 @@ class Stepping:
             ring=(store.residual_k, store.residual_v),
             pins=replace(store.pinned(), logit_bias=bias),
             format=store.format,
+            flush_tokens=0 if waits else method.flush_tokens,
             grid=method.grid,
             clip=method.clip,
             feedback=store.feedback,
             hadamard_block=crossing.k_block,
             balance=crossing.k_vector,
-            flush_tokens=0 if waits else method.flush_tokens,
             key_bias=crossing.key_bias,
             rotate_v=crossing.v_block is not None,
         )

@@ -50,7 +50,7 @@ def check_attend(
             check_of_heads("logit_bias", part.logit_bias, q)
     if balance is not None:
         _check_tensor("balance", balance, q, shape=(kv_heads, head_dim))
-    _check_block(hadamard_block, head_dim)
+    check_block(hadamard_block, head_dim)
     if key_bias is not None:
         check_key_bias(key_bias, q, kv_heads)
     return kv_heads
@@ -123,6 +123,7 @@ def _check_mask(mask: Tensor, q: Tensor) -> None:
         raise UnsupportedInput(f"mask is {mask.dtype} on {mask.device}; allowed: bool or floating point on {q.device}.")
 
 
-def _check_block(block: int | None, head_dim: int) -> None:
+def check_block(block: int | None, head_dim: int) -> None:
+    """Raise `UnsupportedInput` unless channels can be rotated in blocks of this size."""
     if block is not None and (block < 1 or block & (block - 1) or head_dim % block):
         raise UnsupportedInput(f"hadamard_block is {block}; allowed: a power of two that divides head_dim {head_dim}.")

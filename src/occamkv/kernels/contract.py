@@ -103,14 +103,14 @@ class StepLayer:
         ring: K and V of the residual, `[B, H, slots, D]` in cache space.
         pins: Pinned tokens in full precision.
         format: What records are.
+        flush_tokens: Before it takes a token, a backend that counts on its own packs so many of each sequence with 128
+            or more in the ring, whole records; 0 where it must not.
         grid: As in `encode`.
         clip: As in `encode`.
         feedback: As in `encode`.
         hadamard_block: K and Q are rotated in blocks of this size.
         balance: d, `[H, D]`: K is multiplied by it, Q divided.
         rotate_v: V is stored rotated.
-        flush_tokens: Before it takes a token, a backend that counts on its own packs so many of each sequence with 128
-            or more in the ring; 0 where it must not.
         key_bias: As in `attend`. The bias of a step's token is taken out of its K, which comes with it, before K
             crosses into cache space.
     """
@@ -125,13 +125,13 @@ class StepLayer:
     ring: tuple[Tensor, Tensor]
     pins: FullTokens
     format: Format
+    flush_tokens: int
     grid: Grid
     clip: float | None
     feedback: Tensor | None
     hadamard_block: int | None
     balance: Tensor | None
     rotate_v: bool
-    flush_tokens: int = 0
     key_bias: KeyBias | None = None
 
 
@@ -175,7 +175,11 @@ class Stepper(Protocol):
         ...
 
     def settle(self) -> None:
-        """Pack what replayed steps have left over."""
+        """Pack what is due and bring `residual` up to date, where steps ran without this object: a replayed graph.
+
+        Raises:
+            UnsupportedInput: A step could not be stored.
+        """
         ...
 
 

@@ -117,7 +117,7 @@ class LayerStep:
         return out.to(q.dtype)
 
     def settle(self) -> None:
-        """Do nothing: each step packs what is due."""
+        """Do nothing: every step has settled; see `Stepper`."""
 
 
 def _positions(layer: StepLayer) -> int:

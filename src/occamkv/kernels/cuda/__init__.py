@@ -6,8 +6,9 @@ from occamkv.formats import Format
 from occamkv.kernels.cuda import launching
 from occamkv.kernels.cuda.attention import attend
 from occamkv.kernels.cuda.attention import decode_native as decode
-from occamkv.kernels.cuda.encoding import encode, stepper
+from occamkv.kernels.cuda.encoding import encode
 from occamkv.kernels.cuda.layout import ORDER
+from occamkv.kernels.cuda.stepping import stepper
 
 __all__ = ["attend", "decode", "encode", "name", "order", "refuses", "refuses_format", "stepper"]
 

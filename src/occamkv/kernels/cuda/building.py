@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from occamkv.errors import BackendUnavailable
 from occamkv.formats import PAGE_TOKENS, Format, padded
-from occamkv.kernels.cuda.kernel import Kernel
+from occamkv.formats.format import channel_groups
+from occamkv.kernels.cuda.kernel import THREADS, Kernel
 
 SOURCES = Path(__file__).parent / "native"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -21,6 +22,9 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 _COLUMNS, _WARPS = 8, 4  # as in native/layout.cuh and native/shared.cuh
 _SHARED_BYTES = {"sm_80": 164, "sm_90a": 228, "sm_100": 228}  # KiB of a processor; 100 on the others
 _SYSTEM_BYTES = 1024  # of each block
+
+MAX_SHARED_BYTES = 99 * 1024
+"""That a block may have on every card."""
 
 
 class Build(NamedTuple):
@@ -36,6 +40,10 @@ def plan(kernel: Kernel, architecture: str) -> Build:
     """Decide how a kernel is compiled for a card: how many blocks share a processor, how many pages a block holds."""
     format, head_dim = kernel.format, kernel.head_dim
     capacity = _SHARED_BYTES.get(architecture, 100) * 1024
+    if kernel.name != "attend":
+        shared = packing_bytes(format, head_dim)
+        fit = capacity // (shared + _SYSTEM_BYTES)
+        return Build(kernel.name, kernel.macros() | {"MIN_BLOCKS": max(1, min(5, fit))}, architecture, shared)
     stages = 3 if attend_bytes(format, head_dim, stages=3) + _SYSTEM_BYTES <= capacity else 2
     shared = attend_bytes(format, head_dim, stages=stages)
     fit = capacity // (shared + _SYSTEM_BYTES)
@@ -76,6 +84,8 @@ def compile_source(wanted: Build) -> tuple[bytes, str]:
         f"--include-path={SOURCES}",
         *(f"-DOKV_{name}={value}" for name, value in sorted(wanted.macros.items())),
     ]
+    if wanted.name != "attend":
+        options.append("--fmad=false")  # records are byte for byte those of formats.records
     _, program = nvrtc.nvrtcCreateProgram((SOURCES / name).read_bytes(), name.encode(), 0, [], [])
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
@@ -96,6 +106,14 @@ def attend_bytes(format: Format, head_dim: int, *, stages: int) -> int:
     ring = -(-max(stages * stage, merge) // 128) * 128
     columns = _COLUMNS * (row + 8 + 4 * 4)
     return -(-(ring + columns + 8 * stages + 4) // 128) * 128
+
+
+def packing_bytes(format: Format, head_dim: int) -> int:
+    """Return the bytes of shared memory of a block of the kernels that write records, `Packing` of native/pack.cuh."""
+    tokens, width, v_group = format.record_tokens, padded(head_dim), min(format.v_group, head_dim)
+    groups = max(width, tokens * channel_groups(head_dim, v_group))
+    floats = tokens * (width + 8) + 3 * groups + max(tokens, v_group) // 4 * THREADS + tokens + _WARPS
+    return -(-(4 * floats + 4) // 128) * 128
 
 
 def unavailable() -> str | None:

@@ -2,7 +2,7 @@
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,7 +28,9 @@ MAX_PARTS = 4
 EVERYTHING = 2**62
 """A window wider than any context."""
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""What the kernels read, `Dtype` of native/arguments.h."""
+
 _FULL_TILE = 16  # tokens that a warp reads at a time
 _WARPS = 4
 _MOST_FULL_SPLITS = 8
@@ -121,7 +123,7 @@ def prepare(
             f"and {MAX_PARTS}."
         )
     keep: list[Tensor] = []
-    q = q if q.dtype in _DTYPES else q.to(torch.float32)
+    q = q if q.dtype in DTYPES else q.to(torch.float32)
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = torch.empty((batch, queries, query_heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     tiles = -(-query_heads // kv_heads * queries // COLUMNS)
@@ -146,7 +148,7 @@ def prepare(
         query_heads=query_heads,
         kv_heads=kv_heads,
         queries=queries,
-        q_dtype=_DTYPES[q.dtype],
+        q_dtype=DTYPES[q.dtype],
         packed_splits=packed_splits,
         splits=splits,
         tiles=tiles,
@@ -168,12 +170,24 @@ def check_places(packed: PackedTokens) -> None:
     """Raise `UnsupportedInput` unless the table has all pages of each sequence, and slabs have them."""
     lengths = packed.lengths.tolist()
     check_lengths(lengths, record_tokens=packed.format.record_tokens, pages=packed.table.shape[1])
-    ends = [start + slab.count for start, slab in zip(packed.starts, packed.slabs, strict=True)]
-    for row, tokens in zip(packed.table.tolist(), lengths, strict=True):
-        for number in row[: pages_of(tokens)]:
-            slab = bisect_right(packed.starts, number) - 1
-            if slab < 0 or number >= ends[slab]:
-                raise UnsupportedInput(f"the block table names page {number}, which is in no slab.")
+    rows = zip(packed.table.tolist(), lengths, strict=True)
+    check_pages([n for row, tokens in rows for n in row[: pages_of(tokens)]], packed.slabs, packed.starts)
+
+
+def check_pages(numbers: Iterable[int], slabs: Sequence[Pages], starts: Sequence[int]) -> None:
+    """Raise `UnsupportedInput` unless slabs have all these pages."""
+    for number in numbers:
+        slab = bisect_right(starts, number) - 1
+        if slab < 0 or number >= starts[slab] + slabs[slab].count:
+            raise UnsupportedInput(f"the block table names page {number}, which is in no slab.")
+
+
+def slab_table(slabs: Sequence[Pages], starts: Sequence[int], like: Tensor) -> Tensor:
+    """Return `Slab` structs, int64 `[slabs, 4]`, on the device of `like`, where the slabs must be."""
+    table = tuple(
+        (start, *(_place(t, like) for t in _tensors(pages))) for start, pages in zip(starts, slabs, strict=True)
+    )
+    return _slab_table(table, like.device)
 
 
 def _full_splits(parts: Sequence[FullTokens]) -> int:
@@ -195,7 +209,7 @@ def _floats(x: Tensor | None) -> Tensor | None:
 
 def _aligned(x: Tensor) -> Tensor:
     """Return x, or a copy, in a known dtype, with channels side by side and rows at multiples of 16 bytes."""
-    x = x if x.dtype in _DTYPES else x.to(torch.float32)
+    x = x if x.dtype in DTYPES else x.to(torch.float32)
     apart = [x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])]
     return x if x.stride(-1) == 1 and not any(n % 16 for n in apart) else x.contiguous().clone()
 
@@ -212,17 +226,14 @@ def _part(part: FullTokens, keep: list[Tensor]) -> Part:
         _kept(part.positions.to(torch.int64).contiguous(), keep),
         _kept(_floats(part.logit_bias), keep),
         k.shape[2],
-        _DTYPES[k.dtype],
+        DTYPES[k.dtype],
     )
 
 
 def _describe_packed(arguments: Arguments, packed: PackedTokens, q: Tensor, keep: list[Tensor]) -> None:
     batch = q.shape[0]
-    slabs = tuple(
-        (start, *(_place(t, q) for t in _tensors(pages)))
-        for start, pages in zip(packed.starts, packed.slabs, strict=True)
-    )
-    arguments.slabs = _kept(_slab_table(slabs, q.device), keep)
+    slabs = packed.slabs
+    arguments.slabs = _kept(slab_table(slabs, packed.starts, q), keep)
     arguments.slab_count = len(slabs)
     table = packed.table
     of_rows = (packed.lengths, packed.first_position)

@@ -24,7 +24,7 @@ class Kernel:
         softcap: Whether logits are soft-capped.
     """
 
-    name: Literal["attend"]
+    name: Literal["attend", "encode", "append"]
     format: Format
     head_dim: int
     softcap: bool = False

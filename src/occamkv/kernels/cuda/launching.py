@@ -44,6 +44,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def capturing(device: torch.device) -> bool:
+    """Return whether launches on the device's current stream are captured in a graph and do not run now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def launch(call: Call) -> None:
     """Run a call on the current stream of its device.
 

@@ -1,4 +1,4 @@
-// What a call of the attend kernel is given. `arguments.py` builds the same structs, field by field.
+// What a call of a kernel is given. Python builds the same structs, field by field (call.py, encoding.py, stepping.py).
 #pragma once
 
 namespace occam {
@@ -61,6 +61,54 @@ struct Arguments {
   int hadamard_block, output_block;  // 0: no rotation
   float scale, softcap;
   Part parts[MAX_PARTS];
+};
+
+// K or V in full precision, [B][H][T][D], channels side by side; strides in elements.
+struct View {
+  void *x;
+  i64 batch, head, token;
+  int dtype;
+  int aligned;  // rows begin at multiples of 16 bytes
+};
+
+enum Grid : int { MINMAX = 0, PAPER = 1, UNBIASED = 2 };
+
+// How tokens cross into cache space and become records.
+struct Rules {
+  const float *balance;  // [H][D], or null
+  int k_block, v_block;  // of the rotation, 0: none
+  float k_factor, v_factor;  // block ** -0.5, 1 without rotation
+  int grid;
+  float k_clip, v_clip;
+};
+
+// Why records must not be used, as bits of a word.
+enum Flag : u32 { DOES_NOT_FIT = 1, BEYOND_RANGE = 2, NO_ROOM = 4 };
+
+struct EncodeArguments {
+  View k, v;      // [N][H][GROUP][D]
+  u8 *records;    // [N][H][RECORD_BYTES]
+  void *norms;    // [N][GROUP], null without token scale
+  u16 *supers;    // [N][H][K, V], null with 16-bit metadata
+  u32 *flags;
+  int kv_heads, heads;  // `heads` of a block
+  Rules rules;
+};
+
+struct AppendArguments {
+  View k, v;            // the new tokens, [B][H][1][D]
+  View ring_k, ring_v;  // [B][H][slots][D]; token n lies in slot n % slots
+  i64 *packed, *residual, *position;  // [B]; `position`: of the newest token
+  i64 *positions;       // [B][slots], -1 for an empty slot
+  float *squares;       // [B][square_slots][H]: sums of squares of the ring's K; token n in slot n % square_slots
+  const Slab *slabs;
+  const i64 *table;     // [B][table_width], -1 behind the last page
+  u32 *counters;        // [B], zeros
+  u32 *flags;
+  int slab_count, table_width, kv_heads, slots, square_slots;
+  int tokens;           // of each sequence: 0 or 1
+  int flush_tokens;     // packed at a time
+  Rules rules;
 };
 
 }  // namespace occam

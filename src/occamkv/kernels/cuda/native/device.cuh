@@ -100,6 +100,8 @@ OKV_DEVICE half2 transpose(half2 x) {
   return r;
 }
 
+OKV_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }  // a b + c, rounded once
+
 OKV_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 OKV_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 OKV_DEVICE bool any(bool x) { return __any_sync(0xffffffffu, x); }
@@ -117,6 +119,15 @@ OKV_DEVICE void load(u32 *to, const void *from) {
     to[0] = *(const u32 *)from;
   }
 }
+
+template <int N>
+OKV_DEVICE void store(void *to, const u32 *from) {
+  if constexpr (N == 4) *(uint4 *)to = make_uint4(from[0], from[1], from[2], from[3]);
+  else if constexpr (N == 2) *(uint2 *)to = make_uint2(from[0], from[1]);
+  else *(u32 *)to = from[0];
+}
+
+OKV_DEVICE void raise_flags(u32 *flags, u32 bits) { atomicOr(flags, bits); }
 
 // For the last block of a row, which reads what the others wrote.
 OKV_DEVICE void fence() { __threadfence(); }
