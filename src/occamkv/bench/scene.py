@@ -40,13 +40,18 @@ class Tokens:
     k: Tensor
     v: Tensor
 
+    def to(self, device: torch.device) -> Tokens:
+        """The same tokens on a device."""
+        return Tokens(*(x.to(device) for x in (self.q, self.k, self.v)))
+
 
 @dataclass(frozen=True)
 class Scene:
     """A packed cache as one attention call sees it.
 
-    `q` is `[1, Hq, Tq, D]` in `DTYPE` and belongs to the newest tokens. `dequantized()` returns K and V of all tokens,
-    float32 `[1, H, context, D]` in model space. `new` is K and V of the newest tokens in model space, for `stepper`.
+    `q` is `[B, Hq, Tq, D]` in `DTYPE` and belongs to the newest tokens. `dequantized()` returns K and V of all tokens,
+    float32 `[1, H, context, D]` in model space, the same for each sequence. `new` is K and V of the newest tokens in
+    model space, for `stepper`.
     """
 
     q: Tensor
@@ -64,9 +69,11 @@ class Scene:
         """Do what a layer does for one new token, again and again the same one; without a stepper only attend."""
         if self.stepper is None:
             return self.attend(self.q)
+        batch = self.q.shape[0]
         held = self.stepper.residual[0]
-        out = self.stepper(self.q, *self.new, due=(0,), scale=None, window=None, softcap=None, sinks=None)
-        self.stepper.residual[0] = held
+        out = self.stepper(self.q, *self.new, due=batch * (0,), scale=None, window=None, softcap=None, sinks=None)
+        for row in range(batch):
+            self.stepper.residual[row] = held
         return self.crossing.leave_output(out)
 
     def attend(self, q: Tensor) -> Tensor:
@@ -110,33 +117,50 @@ def statistics_of(method: Method, shape: Shape, *, seed: int = 0) -> Statistics 
     return Statistics(balance, moment if method.feedback else None)
 
 
-def packed_scene(shape: Shape, method: Method, backend: Backend, *, context: int, queries: int = 1) -> Scene:
+def packed_scene(
+    shape: Shape,
+    method: Method,
+    backend: Backend,
+    *,
+    context: int,
+    queries: int = 1,
+    batch: int = 1,
+    device: torch.device = CPU,
+) -> Scene:
     """Build the cache that `context` tokens leave, of which the newest `queries` are those of this step.
+
+    All sequences of a batch hold the same tokens, each in memory of its own.
 
     Raises:
         UnsupportedInput: So few tokens that nothing is packed yet.
     """
     packed = packed_of(method, context, queries)
     pins = method.pinned_tokens + method.pinning.lowest
-    drawn = random_tokens(shape, _TEMPLATE_PAGES * PAGE_TOKENS + context - packed, queries)
+    drawn = random_tokens(shape, _TEMPLATE_PAGES * PAGE_TOKENS + context - packed, queries).to(device)
     crossing = method.crossing(drawn.k, statistics_of(method, shape))
     split = context - packed
     near_k, near_v = (x.to(DTYPE) for x in crossing.enter(drawn.k[:, :, :split], drawn.v[:, :, :split]))
     template = _template((drawn.k[:, :, split:], drawn.v[:, :, split:]), method, backend, crossing)
-    store = _filled_store(method, backend, template, packed)
-    row, residual = store.rows[0], context - queries - pins - packed
-    row.pins, row.residual = list(range(pins)), residual
+    store = _filled_store(method, backend, template, packed, batch)
+    residual = context - queries - pins - packed
+    for row in store.rows:
+        row.pins, row.residual = list(range(pins)), residual
     store.pin_k[:], store.pin_v[:] = near_k[:, :, :pins], near_v[:, :, :pins]
-    ring = torch.arange(packed, packed + residual) % store.residual_k.shape[2]
+    ring = torch.arange(packed, packed + residual, device=device) % store.residual_k.shape[2]
     newest = slice(pins + residual, None)
     for held, x in ((store.residual_k, near_k), (store.residual_v, near_v)):
         held[:, :, ring] = x[:, :, pins : newest.start]
-    at = torch.arange(context - queries, context)[None]
+    at = torch.arange(context - queries, context, device=device).repeat(batch, 1)
     dequantized = partial(_dequantized, template, crossing, (near_k, near_v), pins, packed)
-    full = [*store.full_tokens(), FullTokens(near_k[:, :, newest], near_v[:, :, newest], at)]
+    new_k, new_v = (x[:, :, newest].expand(batch, -1, -1, -1) for x in (near_k, near_v))
+    full = [*store.full_tokens(), FullTokens(new_k, new_v, at)]
+
+    def new_of(x: Tensor) -> Tensor:
+        return x[:, :, newest.start : split].to(DTYPE).expand(batch, -1, -1, -1)
+
     whole = queries == 1 and crossing.v_signs is None
     return Scene(
-        q=drawn.q.to(DTYPE),
+        q=drawn.q.to(DTYPE).expand(batch, -1, -1, -1),
         q_positions=at,
         packed=store.packed_tokens(),
         packed_bytes=store.pool.nbytes,
@@ -145,7 +169,7 @@ def packed_scene(shape: Shape, method: Method, backend: Backend, *, context: int
         backend=backend,
         dequantized=dequantized,
         stepper=backend.stepper(Stepping(store, crossing).describe()) if whole else None,
-        new=(drawn.k[:, :, newest.start : split].to(DTYPE), drawn.v[:, :, newest.start : split].to(DTYPE)),
+        new=(new_of(drawn.k), new_of(drawn.v)),
     )
 
 
@@ -156,20 +180,22 @@ def _template(tokens: tuple[Tensor, Tensor], method: Method, backend: Backend, c
     records = backend.encode(
         k, v, format=format, grid=method.grid, clip=method.clip, norm=method.norm, feedback=crossing.feedback
     )
-    pages = Pages.empty(_TEMPLATE_PAGES, format=format, kv_heads=k.shape[1], head_dim=k.shape[3], device=CPU)
+    pages = Pages.empty(_TEMPLATE_PAGES, format=format, kv_heads=k.shape[1], head_dim=k.shape[3], device=k.device)
     page, slot = places(pages)
     write(pages, records, page=page, slot=slot)
     return pages
 
 
-def _filled_store(method: Method, backend: Backend, template: Pages, packed: int) -> Store:
+def _filled_store(method: Method, backend: Backend, template: Pages, packed: int, batch: int) -> Store:
     """Return a store whose pages, each its own memory, repeat those of the template."""
-    shape = (1, template.kv_heads, template.head_dim)
-    store = Store(method, backend.name, shape=shape, dtype=DTYPE, device=CPU)
-    store.rows = [Row(packed=packed, pages=store.pool.allocate(pages_of(packed)))]
+    shape = (batch, template.kv_heads, template.head_dim)
+    store = Store(method, backend.name, shape=shape, dtype=DTYPE, device=template.records.device)
+    count = pages_of(packed)
+    pages = store.pool.allocate(batch * count)
+    store.rows = [Row(packed=packed, pages=pages[row * count :][:count]) for row in range(batch)]
     for mine, source in zip(store.pool.slabs[0].tensors, template.tensors, strict=True):
         for first in range(template.count):
-            mine[first :: template.count] = source[first]
+            mine.unflatten(0, (batch, count))[:, first :: template.count] = source[first]
     return store
 
 
