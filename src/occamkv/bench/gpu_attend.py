@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -124,7 +125,7 @@ def _rows(case: GpuCase, setting: GpuSetting, rig: Rig, ceilings: Ceilings) -> l
         name = str(one)
         some = list(_scenes(case, one, rig))
         scenes[name], copies[name] = some[0], len(some)
-        replays[f"{OURS} {name}"] = rig.replayed([lambda scene=scene: scene.attend(scene.q) for scene in some])
+        replays[f"{OURS} {name}"] = rig.replayed([partial(scene.attend, scene.q) for scene in some])
         if some[0].stepper is not None:
             replays[f"{STEP} {name}"] = rig.replayed([scene.step for scene in some])
     stock, skipped = _stock(case, rig)
@@ -184,9 +185,7 @@ def _random(rig: Rig, *sizes: int) -> torch.Tensor:
     return torch.randn(sizes, dtype=DTYPE, device=rig.device)
 
 
-def _row(
-    case: GpuCase, method: Method, scene: Scene, times: dict[str, Times], ceilings: Ceilings
-) -> dict[str, Any]:
+def _row(case: GpuCase, method: Method, scene: Scene, times: dict[str, Times], ceilings: Ceilings) -> dict[str, Any]:
     nbytes, shape, ours = bytes_read(scene), case.shape, times[OURS]
     rivals = {name: each for name, each in times.items() if name not in (OURS, STEP)}
     best = min(rivals, key=lambda name: rivals[name].ms)

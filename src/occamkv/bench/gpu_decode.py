@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ class ModelSteps:
 
     def packed(self, method: Method, context: int, batch: int, stack: ExitStack) -> tuple[Entrant, PackedCache]:
         """Return the entrant with a packed cache, and that; the end of `stack` ends the capture."""
-        from occamkv.integrations.transformers.replay import CapturedStep  # type: ignore[import-not-found]
+        from occamkv.integrations.transformers.replay import CapturedStep  # type: ignore[import-untyped]
 
         setting = self.setting
         cache = PackedCache(self.model, method)
@@ -184,7 +184,7 @@ class ModelSteps:
     def _rewind(self, cache: StaticCache, tokens: int, attention: str) -> None:
         use_attention(self.model, attention)
         for layer in cache.layers:
-            layer.cumulative_length.fill_(tokens)
+            cast(Any, layer).cumulative_length.fill_(tokens)
 
     def _step(self, cache: Cache, batch: int) -> Tensor:
         tokens = torch.ones(batch, 1, dtype=torch.int64, device=self.rig.device)

@@ -36,9 +36,7 @@ def bench_gpu_encode(
     return [_row(shape, one, rig, ceilings, tokens, repetitions) for shape in shapes for one in chosen]
 
 
-def _row(
-    shape: Shape, method: Method, rig: Rig, ceilings: Ceilings, tokens: int, repetitions: int
-) -> dict[str, Any]:
+def _row(shape: Shape, method: Method, rig: Rig, ceilings: Ceilings, tokens: int, repetitions: int) -> dict[str, Any]:
     backend = kernels.backend_for(method.packed_format, rig.device, shape.head_dim)
     given = 4 * tokens * shape.kv_heads * shape.head_dim
     calls = [encoder(shape, method, backend, tokens, device=rig.device) for _ in range(rig.copies(given))]

@@ -54,7 +54,7 @@ def scene_errors(scene: Scene, *, record_tokens: int) -> tuple[float, float]:
         held_k, held_v = (torch.cat((x[:, :, : end - cut], x[:, :, end:]), dim=2) for x in (k, v))
         q = scene.q[row : row + 1]
         truth = exact(q, held_k, held_v)
-        low = gqa(*(x.to(torch.bfloat16) for x in (q, held_k, held_v)), None)
+        low = gqa(q, held_k.to(q.dtype), held_v.to(q.dtype), None)
         pairs.append((_error(found[row : row + 1], truth), _error(low, truth)))
     return max(ours for ours, _ in pairs), max(stock for _, stock in pairs)
 

@@ -72,7 +72,7 @@ def _flashinfer(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Callable
     batch, kv_heads, tokens, head_dim = k.shape
     pages = tokens // _FLASHINFER_PAGE
     paged = [x.unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1).contiguous().to(dtype) for x in (k, v)]
-    numbers = {"dtype": torch.int32, "device": q.device}
+    numbers: dict[str, Any] = {"dtype": torch.int32, "device": q.device}
     workspace = torch.empty(_FLASHINFER_WORKSPACE, dtype=torch.uint8, device=q.device)
     wrapper = import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
     wrapper.plan(
