@@ -143,16 +143,12 @@ def test_ceilings_come_from_the_fastest_reduction():
         pytest.param({"contexts": (100,)}, "context 100", id="nothing packed"),
         pytest.param({"batches": (0,)}, "batches", id="no batch"),
         pytest.param({"repetitions": 4}, "repetitions", id="few repetitions"),
+        pytest.param({"budget_seconds": 0}, "budget is 0 seconds", id="no budget"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(changes, words):
     with pytest.raises(UnsupportedInput, match=words):
         setting(**changes)
-
-
-def test_a_budget_of_nothing_is_refused():
-    with pytest.raises(UnsupportedInput, match="budget is 0 seconds"):
-        bench_gpu_attend(setting(budget_seconds=0), cpu_rig(), CEILINGS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

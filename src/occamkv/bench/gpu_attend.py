@@ -72,6 +72,7 @@ class GpuSetting:
                 raise UnsupportedInput(f"{what} are {', '.join(given)!r}; allowed: one or more, each once.")
         if self.repetitions < MIN_REPETITIONS:
             raise UnsupportedInput(f"repetitions is {self.repetitions}; allowed: {MIN_REPETITIONS} or more.")
+        Budget(self.budget_seconds)
         for one in self.chosen:
             packed_of(one, min(self.contexts), 1)
 

@@ -74,6 +74,7 @@ class GpuDecodeSetting:
             check_list("prefill contexts", self.prefill_contexts, 2, MOST_TOKENS)
         if self.repetitions < MIN_REPETITIONS:
             raise UnsupportedInput(f"repetitions is {self.repetitions}; allowed: {MIN_REPETITIONS} or more.")
+        Budget(self.budget_seconds)
         for one in self.chosen:
             packed_of(one, min(*self.contexts, *self.batch_contexts), 1)
 

@@ -34,6 +34,7 @@ def attend_on_gpu(device: str, shapes: Sequence[Shape], **options: Any) -> dict[
     ceilings = measure_ceilings(rig)
     with stages() as advance:
         rows, dropped = gpu_attend.bench_gpu_attend(setting, rig, ceilings, progress=advance)
+    _check_measured(rows, dropped)
     gpu = gpu_timing.gpu_conditions(rig.device)
     return {"gpu": gpu, "ceilings": ceilings.to_json(), "errors": errors, "rows": rows, "dropped": dropped}
 
@@ -73,7 +74,13 @@ def decode_on_gpu(device: str, model: str | None, **options: Any) -> dict[str, A
     built = build_random(name, dtype="bfloat16", seed=0, device=device)
     with stages() as advance:
         found = bench_gpu_decode(built, setting, rig, progress=advance)
+    _check_measured(found["rows"], found["dropped"])
     return {"gpu": gpu_timing.gpu_conditions(rig.device), "model": name, **found}
+
+
+def _check_measured(rows: Sequence[Any], dropped: Sequence[str]) -> None:
+    if not rows:
+        raise UnsupportedInput(f"nothing was measured: {'; '.join(dropped)}. Give fewer tokens or more seconds.")
 
 
 def _shapes(names: Sequence[str]) -> list[Shape]:
