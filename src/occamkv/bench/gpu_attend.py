@@ -14,11 +14,12 @@ from occamkv import kernels
 from occamkv.bench.attend import OURS
 from occamkv.bench.gpu_ceilings import Ceilings
 from occamkv.bench.gpu_stock import makers, missing, refusal
-from occamkv.bench.gpu_timing import REFUSALS, Budget, Dropped, Rig, first_line, spread, take_turns
+from occamkv.bench.gpu_timing import REFUSALS, Budget, Dropped, Rig, first_line, most_calls, spread, take_turns
 from occamkv.bench.inputs import MOST_TOKENS, Progress, Shape, check_list, packed_of, packing_method
 from occamkv.bench.scene import DTYPE, Scene, packed_scene
 from occamkv.bench.timing import MIN_REPETITIONS, Times
 from occamkv.errors import UnsupportedInput
+from occamkv.formats.records import pages_of
 from occamkv.methods import Method
 
 STEP = "ours_step"
@@ -124,7 +125,7 @@ def _rows(case: GpuCase, setting: GpuSetting, rig: Rig, ceilings: Ceilings) -> l
     copies: dict[str, int] = {}
     for one in setting.chosen:
         name = str(one)
-        some = list(_scenes(case, one, rig))
+        some = list(_scenes(case, one, rig, room=pages_of(most_calls(setting.repetitions)) + 1))
         scenes[name], copies[name] = some[0], len(some)
         replays[f"{OURS} {name}"] = rig.replayed([partial(scene.attend, scene.q) for scene in some])
         if some[0].stepper is not None:
@@ -142,10 +143,10 @@ def _rows(case: GpuCase, setting: GpuSetting, rig: Rig, ceilings: Ceilings) -> l
     return rows
 
 
-def _scenes(case: GpuCase, method: Method, rig: Rig) -> Iterator[Scene]:
+def _scenes(case: GpuCase, method: Method, rig: Rig, *, room: int = 0) -> Iterator[Scene]:
     """Yield equal caches, each in memory of its own, more than the GPU's cache holds."""
     backend = kernels.backend_for(method.packed_format, rig.device, case.shape.head_dim)
-    options: dict[str, Any] = {"context": case.context, "batch": case.batch, "device": rig.device}
+    options: dict[str, Any] = {"context": case.context, "batch": case.batch, "device": rig.device, "room": room}
     first = packed_scene(case.shape, method, backend, **options)
     yield first
     for _ in range(rig.copies(bytes_read(first)) - 1):

@@ -49,6 +49,11 @@ class Rig:
         return max(1, -(-_TIMES_L2 * self.l2_bytes // nbytes))
 
 
+def most_calls(repetitions: int) -> int:
+    """Return how often a call is made at most in so many turns: more than once a turn where a graph repeats it."""
+    return _WARM_UPS + _LEAST_CALLS * (repetitions + 1)
+
+
 class Dropped(Exception):
     """A case that cannot be measured here; the message says why."""
 

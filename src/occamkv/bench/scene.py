@@ -7,7 +7,7 @@ and the first token is an attention sink.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -126,10 +126,12 @@ def packed_scene(
     queries: int = 1,
     batch: int = 1,
     device: torch.device = CPU,
+    room: int = 0,
 ) -> Scene:
     """Build the cache that `context` tokens leave, of which the newest `queries` are those of this step.
 
-    All sequences of a batch hold the same tokens, each in memory of its own.
+    All sequences of a batch hold the same tokens, each in memory of its own. `room` is pages of each sequence for
+    tokens of steps that a graph takes: those count on the device.
 
     Raises:
         UnsupportedInput: So few tokens that nothing is packed yet.
@@ -159,18 +161,27 @@ def packed_scene(
         return x[:, :, newest.start : split].to(DTYPE).expand(batch, -1, -1, -1)
 
     whole = queries == 1 and crossing.v_signs is None
+    packed_tokens, packed_bytes = store.packed_tokens(), store.pool.nbytes
+    if packed_tokens is not None:  # the pool's own list grows by the room
+        packed_tokens = replace(packed_tokens, slabs=[*packed_tokens.slabs], starts=[*packed_tokens.starts])
     return Scene(
         q=drawn.q.to(DTYPE).expand(batch, -1, -1, -1),
         q_positions=at,
-        packed=store.packed_tokens(),
-        packed_bytes=store.pool.nbytes,
+        packed=packed_tokens,
+        packed_bytes=packed_bytes,
         full=full,
         crossing=crossing,
         backend=backend,
         dequantized=dequantized,
-        stepper=backend.stepper(Stepping(store, crossing).describe()) if whole else None,
+        stepper=_stepper(store, crossing, room) if whole else None,
         new=(new_of(drawn.k), new_of(drawn.v)),
     )
+
+
+def _stepper(store: Store, crossing: Crossing, room: int) -> Stepper | None:
+    layer = Stepping(store, crossing).describe()
+    tables = [[*table, *store.pool.allocate(room)] for table in layer.tables]
+    return store.backend.stepper(replace(layer, tables=tables))
 
 
 def _template(tokens: tuple[Tensor, Tensor], method: Method, backend: Backend, crossing: Crossing) -> Pages:
