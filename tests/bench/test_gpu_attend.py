@@ -1,5 +1,8 @@
 """`bench_gpu_attend` on a CPU with a made-up clock: what is compared with what, in which order, what is left out."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -65,6 +68,22 @@ def test_the_bytes_of_a_call_are_pages_and_tokens_in_full_precision():
     scene = packed_scene(SHAPES[0], method("oscar"), backend("reference"), context=300, batch=2)
     full = 300 - int(scene.packed.lengths[0])
     assert bytes_read(scene) == 2 * (full * 2 * 2 * 32 * 2) + sum(slab.nbytes for slab in scene.packed.slabs)
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+
+
+def test_the_ratios_of_bytes_in_the_documents_are_computed_ones():
+    text = DOCUMENT.read_text(encoding="utf-8").partition("## On a GPU")[2]
+    names = re.findall(r"`(\w+)` \(\d\.\d+", re.search(r"^\| context .*$", text, re.M)[0])
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", text, re.M)
+    assert len(rows) == len(names) == 3
+    for context, cells in rows:
+        for name, cell in zip(names, cells.split("|"), strict=True):
+            shape = Shape("32/8/128", 32, 8, 128)
+            scene = packed_scene(shape, method(name), backend("reference"), context=int(context))
+            ratio = gpu_attend.GpuCase(shape, int(context), 1).stock_bytes / bytes_read(scene)
+            assert f"{ratio:.2f}x" == cell.strip()
 
 
 def test_contestants_rotate_over_more_bytes_than_the_cache_holds():

@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache
 import saved_models
 import some_gpu_rig
 from occamkv import PackedCache
-from occamkv.bench import decode, gpu_capacity, gpu_decode, gpu_timing
+from occamkv.bench import gpu_capacity, gpu_decode, gpu_timing
 from occamkv.bench.gpu_decode import GpuDecodeSetting, ModelSteps, bench_gpu_decode
 from occamkv.errors import UnsupportedInput
 from occamkv.integrations.transformers import attention
@@ -63,7 +63,8 @@ def test_bytes_are_those_of_the_caches(found, model):
 
 
 def test_computed_bytes_are_those_of_a_filled_cache(model, monkeypatch):
-    monkeypatch.setattr(decode, "_FILL", 256)
+    monkeypatch.setattr(gpu_decode, "_PIECE", 600)
+    monkeypatch.setattr(gpu_decode, "_LEAST_PIECE", 100)
     steps = ModelSteps(model, cpu_rig(), GpuDecodeSetting(**SETTING))
     (one,) = steps.setting.chosen
     cache = PackedCache(model, one)

@@ -30,8 +30,7 @@ STOCK = "stock"
 """`DynamicCache` and transformers' SDPA attention."""
 
 MOST_STEPS = 512
-_FILL = 4096  # tokens that a cache is filled with at a time, less with a batch of many
-_MANY = 16
+_FILL = 4096  # tokens that a cache is filled with at a time
 _SEED = 0
 
 
@@ -242,13 +241,13 @@ def fill(
     backend: str | None = None,
     batch: int = 1,
     device: torch.device = CPU,
+    piece: int = _FILL,
 ) -> None:
-    """Put random K and V of `tokens` tokens into every layer, the same into every cache; pack what is due.
+    """Put random K and V of `tokens` tokens into every layer, `piece` at a time; pack what is due.
 
-    All sequences of a batch get the same tokens.
+    Every cache gets the same, and so does every sequence of a batch.
     """
     generator = torch.Generator(device).manual_seed(_SEED)
-    piece = _FILL if batch < _MANY else _FILL // 4
     for index, (heads, head_dim) in enumerate(shapes):
         for first in range(0, tokens, piece):
             sizes = (1, heads, min(piece, tokens - first), head_dim)
@@ -259,7 +258,7 @@ def fill(
                 if backend is not None and layer.cache.store is not None:
                     layer.cache.store.backend_name = backend
                 layer.cache.commit()
-                if first == 0 and batch > 1 and layer.cache.store is not None:
+                if first == 0 and piece != _FILL and layer.cache.store is not None:
                     layer.cache.store.reserve([tokens - sizes[2]] * batch)  # few slabs, as after a long prompt
 
 

@@ -35,6 +35,7 @@ STATIC = "static_sdpa"
 """`StaticCache` with transformers' own attention."""
 
 _ROOM = 32  # steps that a static cache takes before it is full: more than a clock runs at once
+_PIECE, _LEAST_PIECE = 2**16, 2**10  # tokens of all sequences, and of each, that a cache is filled with at a time
 _SEED = 0
 
 
@@ -179,8 +180,9 @@ class ModelSteps:
         return DynamicCache(config=text_config(self.model.config))
 
     def _fill(self, cache: Cache, tokens: int, batch: int) -> None:
+        piece = max(_LEAST_PIECE, _PIECE // batch)
         with torch.no_grad():
-            fill(cache, self.shapes, tokens, dtype=self.model.dtype, batch=batch, device=self.rig.device)
+            fill(cache, self.shapes, tokens, dtype=self.model.dtype, batch=batch, device=self.rig.device, piece=piece)
 
     def _rewind(self, cache: StaticCache, tokens: int, attention: str) -> None:
         use_attention(self.model, attention)
