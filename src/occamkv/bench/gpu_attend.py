@@ -14,10 +14,20 @@ from occamkv import kernels
 from occamkv.bench.attend import OURS
 from occamkv.bench.gpu_ceilings import Ceilings
 from occamkv.bench.gpu_stock import makers, missing, refusal
-from occamkv.bench.gpu_timing import REFUSALS, Budget, Dropped, Rig, first_line, most_calls, spread, take_turns
-from occamkv.bench.inputs import MOST_TOKENS, Progress, Shape, check_list, packed_of, packing_method
+from occamkv.bench.gpu_timing import (
+    REFUSALS,
+    Budget,
+    Dropped,
+    Rig,
+    check_setting,
+    first_line,
+    most_calls,
+    spread,
+    take_turns,
+)
+from occamkv.bench.inputs import MOST_TOKENS, Progress, Shape, check_list, packing_method
 from occamkv.bench.scene import DTYPE, Scene, packed_scene
-from occamkv.bench.timing import MIN_REPETITIONS, Times
+from occamkv.bench.timing import Times
 from occamkv.errors import UnsupportedInput
 from occamkv.formats.records import pages_of
 from occamkv.methods import Method
@@ -68,14 +78,10 @@ class GpuSetting:
         check_list("contexts", self.contexts, 1, MOST_TOKENS)
         check_list("batches", self.batches, 1, _MOST_BATCH)
         names = [shape.name for shape in self.shapes]
-        for what, given in (("shapes", names), ("methods", self.methods)):
-            if not given or len(set(given)) < len(given):
-                raise UnsupportedInput(f"{what} are {', '.join(given)!r}; allowed: one or more, each once.")
-        if self.repetitions < MIN_REPETITIONS:
-            raise UnsupportedInput(f"repetitions is {self.repetitions}; allowed: {MIN_REPETITIONS} or more.")
-        Budget(self.budget_seconds)
-        for one in self.chosen:
-            packed_of(one, min(self.contexts), 1)
+        if not names or len(set(names)) < len(names):
+            raise UnsupportedInput(f"shapes are {', '.join(names)!r}; allowed: one or more, each once.")
+        given: dict[str, Any] = {"budget_seconds": self.budget_seconds, "shortest": min(self.contexts)}
+        check_setting(self.methods, self.repetitions, **given)
 
     @property
     def chosen(self) -> list[Method]:

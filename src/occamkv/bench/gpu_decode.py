@@ -22,10 +22,9 @@ from transformers.cache_utils import Cache
 from occamkv.bench.attend import OURS
 from occamkv.bench.decode import STOCK, fill, layer_shapes, vocabulary
 from occamkv.bench.gpu_stock import KERNELS, refusal, sdpa
-from occamkv.bench.gpu_timing import REFUSALS, Budget, Dropped, Rig, first_line, spread, take_turns
-from occamkv.bench.inputs import MOST_TOKENS, Progress, check_list, packed_of, packing_method
-from occamkv.bench.timing import MIN_REPETITIONS, Times
-from occamkv.errors import UnsupportedInput
+from occamkv.bench.gpu_timing import REFUSALS, Budget, Dropped, Rig, check_setting, first_line, spread, take_turns
+from occamkv.bench.inputs import MOST_TOKENS, Progress, check_list, packing_method
+from occamkv.bench.timing import Times
 from occamkv.integrations.transformers import PackedCache
 from occamkv.integrations.transformers.attention import NAME
 from occamkv.integrations.transformers.model import text_config, use_attention
@@ -73,11 +72,8 @@ class GpuDecodeSetting:
         check_list("steps", (self.steps,), 1, _ROOM)
         if self.prefill_contexts:
             check_list("prefill contexts", self.prefill_contexts, 2, MOST_TOKENS)
-        if self.repetitions < MIN_REPETITIONS:
-            raise UnsupportedInput(f"repetitions is {self.repetitions}; allowed: {MIN_REPETITIONS} or more.")
-        Budget(self.budget_seconds)
-        for one in self.chosen:
-            packed_of(one, min(*self.contexts, *self.batch_contexts), 1)
+        shortest = min(*self.contexts, *self.batch_contexts)
+        check_setting(self.methods, self.repetitions, budget_seconds=self.budget_seconds, shortest=shortest)
 
     @property
     def chosen(self) -> list[Method]:
@@ -166,7 +162,8 @@ class ModelSteps:
         def read(new_cache: Callable[[], Cache]) -> Tensor:
             return self.model(prompt, past_key_values=new_cache(), logits_to_keep=1).logits
 
-        entrants = {STOCK: self._reading(partial(read, self._dynamic), "sdpa")}
+        dynamic = partial(DynamicCache, config=text_config(self.model.config))
+        entrants = {STOCK: self._reading(partial(read, dynamic), "sdpa")}
         for one in self.setting.chosen:
             entrants[str(one)] = self._reading(partial(read, partial(PackedCache, self.model, one)), NAME)
         return take_turns(entrants, 3)
@@ -175,9 +172,6 @@ class ModelSteps:
         prepare = partial(use_attention, self.model, attention)
         prepare()
         return Entrant(prepare, self.rig.queued([call]))
-
-    def _dynamic(self) -> Cache:
-        return DynamicCache(config=text_config(self.model.config))
 
     def _fill(self, cache: Cache, tokens: int, batch: int) -> None:
         piece = max(_LEAST_PIECE, _PIECE // batch)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from occamkv.bench.timing import Times
+from occamkv.bench.inputs import packed_of, packing_method
+from occamkv.bench.timing import MIN_REPETITIONS, Times
 from occamkv.errors import UnsupportedInput
 
 Clock = Callable[[Sequence[Callable[[], object]]], Callable[[], float]]
@@ -47,6 +48,21 @@ class Rig:
     def copies(self, nbytes: int) -> int:
         """Return over how many copies of so many bytes calls must rotate, so that none is found in the cache."""
         return max(1, -(-_TIMES_L2 * self.l2_bytes // nbytes))
+
+
+def check_setting(methods: Sequence[str], repetitions: int, *, budget_seconds: float, shortest: int) -> None:
+    """Refuse what no benchmark of a GPU can measure.
+
+    Raises:
+        UnsupportedInput: Methods twice or none, few repetitions, no time, or nothing packed in the shortest context.
+    """
+    if not methods or len(set(methods)) < len(methods):
+        raise UnsupportedInput(f"methods are {', '.join(methods)!r}; allowed: one or more, each once.")
+    if repetitions < MIN_REPETITIONS:
+        raise UnsupportedInput(f"repetitions is {repetitions}; allowed: {MIN_REPETITIONS} or more.")
+    Budget(budget_seconds)
+    for name in methods:
+        packed_of(packing_method(name), shortest, 1)
 
 
 def most_calls(repetitions: int) -> int:

@@ -74,7 +74,8 @@ def attend(
     _set_isa(isa)
     from occamkv.bench import bench_attend
 
-    setting = _setting(methods, threads, repetitions, backend, contexts=_tokens("contexts", contexts or "4k,16k,64k"))
+    counts = _tokens("contexts", "4k,16k,64k" if contexts is None else contexts)
+    setting = _setting(methods, threads, repetitions, backend, contexts=counts)
     with stages() as advance:
         rows = bench_attend(_shapes(shapes), setting, queries=queries, progress=advance)
     report.finish({"rows": rows}, what="ms of one attention call of one layer")
@@ -109,7 +110,7 @@ def encode(
 
     setting = _setting(methods, threads, repetitions, backend)
     with stages() as advance:
-        rows = bench_encode(_shapes(shapes), setting, tokens=tokens or 1024, progress=advance)
+        rows = bench_encode(_shapes(shapes), setting, tokens=1024 if tokens is None else tokens, progress=advance)
     report.finish({"rows": rows}, what="ms to encode tokens of one layer, from model space to records")
 
 
@@ -158,7 +159,7 @@ def decode(
     from occamkv.bench import bench_decode
     from occamkv.bench.decode import Prefill
 
-    counts = _tokens("contexts", contexts or "512,2k,8k,32k")
+    counts = _tokens("contexts", "512,2k,8k,32k" if contexts is None else contexts)
     setting = _setting(methods, threads, repetitions, backend, contexts=counts)
     read = _tokens("prefill contexts", "8k" if prefill_contexts is None else prefill_contexts)
     loaders = _loaders(models, ",".join(_DTYPES) if dtypes is None else dtypes)
