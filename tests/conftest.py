@@ -8,6 +8,14 @@ from occamkv import kernels
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="torch finds no NVIDIA GPU here"))
+
+
 @pytest.fixture
 def reference_only(monkeypatch):
     """Caches take the reference: what it reads differs from plain attention by the rounding of float32 alone."""

@@ -11,11 +11,12 @@ from torch import Tensor
 import emulated_cuda
 import slow_decoder
 from attention_truth import allowed_error, assert_close, attention, hadamard_matrix, relative_error, torch_attention
+from gpu_cuda import GPU, OnGpu, missing
 from occamkv import kernels
 from occamkv.formats.records import Records, encode, to_groups
 from occamkv.kernels import FullTokens, PackedTokens
 from occamkv.kernels.cpu import library
-from occamkv.kernels.cuda import refuses_format
+from occamkv.kernels.cuda import refuses, refuses_format
 from occamkv.methods import Method, method
 from occamkv.methods.crossing import Statistics
 from scattered_pages import scatter
@@ -62,7 +63,8 @@ EMULATED = "emulated_cuda"
 """The CUDA kernel, built for the CPU; see tests/cuda/emulator.h."""
 
 backends = pytest.mark.parametrize("backend", TARGETS, indirect=True)
-attend_backends = pytest.mark.parametrize("backend", [*TARGETS, EMULATED], indirect=True)
+on_gpu = pytest.param(GPU, marks=pytest.mark.gpu)
+attend_backends = pytest.mark.parametrize("backend", [*TARGETS, EMULATED, on_gpu], indirect=True)
 default_backends = pytest.mark.parametrize("backend", DEFAULT_TARGETS, indirect=True)
 cpu_backends = pytest.mark.parametrize("backend", CPU_TARGETS, indirect=True)
 
@@ -72,6 +74,9 @@ def backend_or_skip(name: str, form: Method, head_dim: int | None = None) -> ker
     if name == EMULATED:
         reason = emulated_cuda.missing() or refuses_format(form.packed_format)
         return pytest.skip(reason) if reason else emulated_cuda.Emulated()
+    if name == GPU:
+        reason = missing() or refuses(form.packed_format, torch.device("cuda"))
+        return pytest.skip(reason) if reason else OnGpu()
     reason = kernels.backend(name).refuses(form.packed_format, torch.device("cpu"), head_dim)
     return pytest.skip(reason) if reason else kernels.backend(name)
 

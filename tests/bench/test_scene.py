@@ -85,3 +85,27 @@ def test_all_formulations_of_torch_compute_the_same(queries):
         assert relative_error(function(drawn.q, drawn.k, drawn.v, seen), truth) < 1e-5
     if queries > 1:
         assert relative_error(gqa(drawn.q, drawn.k, drawn.v, None), truth) > 1e-3
+
+
+def test_sequences_of_a_batch_hold_the_same_tokens_in_memory_of_their_own():
+    one = scene_of("occam", context=700)
+    several = packed_scene(SHAPE, method("occam"), backend("reference"), context=700, batch=3)
+    out = several.attend(several.q)
+    assert all(torch.equal(out[row : row + 1], one.attend(one.q)) for row in range(3))
+    assert several.packed.table.unique().numel() == several.packed.table.numel()
+    several.packed.slabs[0].records[several.packed.table[1]] = 0
+    changed = several.attend(several.q)
+    assert [torch.equal(changed[row], out[row]) for row in range(3)] == [True, False, True]
+
+
+def test_room_for_steps_belongs_to_the_tables_of_steps_alone(monkeypatch):
+    described = []
+    monkeypatch.setattr(backend("reference"), "stepper", described.append)
+    given = {"context": 700, "batch": 2}
+    plain = packed_scene(SHAPE, method("occam"), backend("reference"), **given)
+    roomy = packed_scene(SHAPE, method("occam"), backend("reference"), **given, room=2)
+    assert roomy.packed_bytes == plain.packed_bytes
+    assert len(roomy.packed.slabs) == 1 and roomy.packed.table.shape == plain.packed.table.shape
+    assert [len(b) - len(a) for a, b in zip(described[0].tables, described[1].tables, strict=True)] == [2, 2]
+    numbers = [number for table in described[1].tables for number in table]
+    assert len(set(numbers)) == len(numbers)

@@ -95,6 +95,8 @@ def test_all_threads_are_those_of_the_machine(small):
         pytest.param("attend", ["--queries", 0], ["queries"], id="no queries"),
         pytest.param("attend", ["--plot", "a.svg"], ["a.svg", ".png"], id="not a png"),
         pytest.param("attend", ["--json", "no such folder/a"], ["no such folder"], id="no folder"),
+        pytest.param("attend", ["--contexts", ""], ["contexts"], id="no contexts"),
+        pytest.param("encode", ["--tokens", 0], ["tokens is 0"], id="no tokens to encode"),
         pytest.param("encode", ["--tokens", 100], ["tokens is 100", "128"], id="no whole page"),
         pytest.param("decode", ["--model", "no_such_model"], ["no_such_model"], id="unknown model"),
         pytest.param("decode", ["--model", ""], ["models"], id="no model"),

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpu_cuda import GPU
 from occamkv import kernels
 from occamkv.errors import UnsupportedInput
 from occamkv.methods import Method
@@ -42,8 +43,10 @@ def shapes():
         gqa, dtype = GQA[(m + d + QUERIES.index(queries)) % 3], DTYPES[(m + 2 * d) % 3]
         short = str(dtype).removeprefix("torch.")
         told = f"{name}-D{head_dim}-Tq{queries}-gqa{gqa}-{short}"
-        for target in (*TARGETS, EMULATED) if queries < 9 else DEFAULT_TARGETS:
+        compiled = [GPU] if head_dim % 64 == 0 else []  # a format of other head_dims takes a second each
+        for target in (*TARGETS, EMULATED, *compiled) if queries < 9 else DEFAULT_TARGETS:
             builds = [pytest.mark.emulator] if target == EMULATED and head_dim != 64 else []
+            builds = [pytest.mark.gpu] if target == GPU else builds
             yield pytest.param(target, name, head_dim, queries, gqa, dtype, id=f"{target}-{told}", marks=builds)
 
 

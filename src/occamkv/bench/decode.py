@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from occamkv.bench.attend import OURS
-from occamkv.bench.inputs import Progress, Setting, backend_of, check_list, packed_of, ticker
+from occamkv.bench.inputs import CPU, Progress, Setting, backend_of, check_list, packed_of, ticker
 from occamkv.bench.timing import Contestant, Times, race
 from occamkv.errors import UnsupportedInput
 from occamkv.integrations.transformers import PackedCache
@@ -141,7 +141,7 @@ class _Job:
                 if filled is not None:
                     filled()
             sizes = {name: cache.nbytes() for name, cache in packed.items()} | {
-                STOCK: sum(k.nbytes + v.nbytes for k, v in _keys_and_values(stock))
+                STOCK: sum(k.nbytes + v.nbytes for k, v in keys_and_values(stock))
             }
             entrants = [
                 Contestant(name, partial(greedy, self.model, cache, steps), self._attention(name))
@@ -162,7 +162,7 @@ class _Job:
     def prefill(self, context: int, repetitions: int) -> list[dict[str, Any]]:
         """Return the rows of one prompt length."""
         generator = torch.Generator().manual_seed(_SEED)
-        prompt = torch.randint(_vocabulary(self.model), (1, context), generator=generator)
+        prompt = torch.randint(vocabulary(self.model), (1, context), generator=generator)
 
         def read(new_cache: Callable[[], Cache]) -> None:
             self.model(prompt, past_key_values=new_cache(), logits_to_keep=1)
@@ -201,14 +201,15 @@ class _Job:
 @torch.no_grad()
 def greedy(model: Any, cache: Cache, steps: int) -> Tensor:
     """Decode `steps` tokens, each the likeliest one; return the last, `[1, 1]`."""
-    token = torch.ones(1, 1, dtype=torch.int64)
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     for _ in range(steps):
         logits = model(token, past_key_values=cache, logits_to_keep=1).logits
         token = logits[:, -1:].argmax(-1)
     return token
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary(model: Any) -> int:
+    """Return how many tokens the model knows."""
     return int(model.get_input_embeddings().num_embeddings)
 
 
@@ -217,7 +218,7 @@ def layer_shapes(model: Any) -> list[tuple[int, int]]:
     """Return (KV heads, head_dim) of each layer of the model's cache, by asking it for one token."""
     cache = DynamicCache(config=text_config(model.config))
     greedy(model, cache, 1)
-    shapes = [(keys.shape[1], keys.shape[3]) for keys, _ in _keys_and_values(cache)]
+    shapes = [(keys.shape[1], keys.shape[3]) for keys, _ in keys_and_values(cache)]
     if len(shapes) < len(cache.layers):
         raise UnsupportedInput(
             f"{type(model).__name__} has layers without keys and values; allowed: models whose layers all have them."
@@ -225,27 +226,40 @@ def layer_shapes(model: Any) -> list[tuple[int, int]]:
     return shapes
 
 
-def _keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Return K and V of the layers that hold some."""
     found = ((getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers)
     return [(k, v) for k, v in found if isinstance(k, Tensor) and isinstance(v, Tensor)]
 
 
 def fill(
-    cache: Cache, shapes: Sequence[tuple[int, int]], tokens: int, *, dtype: torch.dtype, backend: str | None
+    cache: Cache,
+    shapes: Sequence[tuple[int, int]],
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    batch: int = 1,
+    device: torch.device = CPU,
+    piece: int = _FILL,
 ) -> None:
-    """Put random K and V of `tokens` tokens into every layer, the same into every cache; pack what is due."""
-    generator = torch.Generator().manual_seed(_SEED)
+    """Put random K and V of `tokens` tokens into every layer, `piece` at a time; pack what is due.
+
+    Every cache gets the same, and so does every sequence of a batch.
+    """
+    generator = torch.Generator(device).manual_seed(_SEED)
     for index, (heads, head_dim) in enumerate(shapes):
-        for first in range(0, tokens, _FILL):
-            count = min(_FILL, tokens - first)
-            k, v = (torch.randn(1, heads, count, head_dim, generator=generator).to(dtype) for _ in range(2))
-            cache.update(k, v, index)
+        for first in range(0, tokens, piece):
+            sizes = (1, heads, min(piece, tokens - first), head_dim)
+            k, v = (torch.randn(sizes, generator=generator, device=device).to(dtype) for _ in range(2))
+            cache.update(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1), index)
             layer = cache.layers[index]
             if isinstance(layer, PackedLayer) and layer.cache is not None:
                 if backend is not None and layer.cache.store is not None:
                     layer.cache.store.backend_name = backend
                 layer.cache.commit()
+                if first == 0 and piece != _FILL and layer.cache.store is not None:
+                    layer.cache.store.reserve([tokens - sizes[2]] * batch)  # few slabs, as after a long prompt
 
 
 def _backend_name(cache: PackedCache) -> str:

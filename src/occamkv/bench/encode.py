@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from occamkv.bench.attend import OURS
-from occamkv.bench.inputs import Progress, Setting, Shape, backend_of, ticker
+from occamkv.bench.inputs import CPU, Progress, Setting, Shape, backend_of, ticker
 from occamkv.bench.scene import DTYPE, random_tokens, statistics_of
 from occamkv.bench.timing import Contestant, race
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
-from occamkv.formats.records import to_groups
+from occamkv.formats.records import Records, to_groups
 from occamkv.kernels import Backend, backend
 from occamkv.methods import Method
 
@@ -72,9 +73,11 @@ def _row(
     }
 
 
-def encoder(shape: Shape, method: Method, backend: Backend, tokens: int) -> Callable[[], object]:
+def encoder(
+    shape: Shape, method: Method, backend: Backend, tokens: int, *, device: torch.device = CPU
+) -> Callable[[], Records]:
     """Return a call that takes `tokens` tokens of one layer from model space to records."""
-    drawn = random_tokens(shape, tokens, 1)
+    drawn = random_tokens(shape, tokens, 1).to(device)
     crossing = method.crossing(drawn.k, statistics_of(method, shape))
     k, v = (to_groups(x.to(DTYPE), method.packed_format.record_tokens) for x in (drawn.k, drawn.v))
 

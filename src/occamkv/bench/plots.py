@@ -52,12 +52,17 @@ class Panel:
 
 
 def draw(result: Mapping[str, Any], path: Path | str) -> None:
-    """Draw a result of `occamkv bench attend` or `decode` as PNG.
+    """Draw a result of `occamkv bench attend` or `decode`, on a CPU or a GPU, as PNG.
 
     Raises:
         UnsupportedInput: The result does not fit the schema, or is of another kind.
     """
     check(result)
+    if result["kind"] in ("gpu-attend", "gpu-decode"):
+        from occamkv.bench.gpu_plots import draw_gpu
+
+        draw_gpu(result, path)
+        return
     if result["kind"] not in _KINDS:
         raise UnsupportedInput(f"there is no figure of kind {result['kind']!r}; allowed: {', '.join(_KINDS)}.")
     panels_of, y_label = _KINDS[result["kind"]]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from occamkv.bench.gpu_result import GPU_KINDS
 from occamkv.errors import UnsupportedInput
 from occamkv.schema import NUMBER, check_fields, check_version
 
@@ -57,6 +58,8 @@ _RESULT = {
     "date": str,
     "machine": str,
     "versions": {"occamkv": str, "torch": str, "transformers": str, "python": str},
+}
+_CPU = {
     "cpu": {
         "model": str,
         "cores": NUMBER,
@@ -77,10 +80,12 @@ def check(result: Mapping[str, Any]) -> None:
     """
     check_version(result, SCHEMA_VERSION, "occamkv bench")
     kind = result.get("kind")
-    if kind not in _ROWS:
-        raise UnsupportedInput(f"the result's kind is {kind!r}; allowed: {', '.join(_ROWS)}.")
+    if kind not in (*_ROWS, *GPU_KINDS):
+        raise UnsupportedInput(f"the result's kind is {kind!r}; allowed: {', '.join((*_ROWS, *GPU_KINDS))}.")
     prefill = {"prefill": [_OF_MODEL]} if kind == "decode" else {}
-    check_fields(result, {**_RESULT, "rows": [_ROWS[kind]], **prefill}, "the result", command=f"occamkv bench {kind}")
+    wanted = GPU_KINDS[kind] if kind in GPU_KINDS else {**_CPU, "rows": [_ROWS[kind]], **prefill}
+    command = f"occamkv bench {str(kind).removeprefix('gpu-')}"
+    check_fields(result, {**_RESULT, **wanted}, "the result", command=command)
     if not result["rows"]:
         raise UnsupportedInput("the result has no rows; allowed: one row or more, as `occamkv bench --json` writes.")
 

@@ -7,7 +7,7 @@ and the first token is an attention sink.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,13 +40,18 @@ class Tokens:
     k: Tensor
     v: Tensor
 
+    def to(self, device: torch.device) -> Tokens:
+        """The same tokens on a device."""
+        return Tokens(*(x.to(device) for x in (self.q, self.k, self.v)))
+
 
 @dataclass(frozen=True)
 class Scene:
     """A packed cache as one attention call sees it.
 
-    `q` is `[1, Hq, Tq, D]` in `DTYPE` and belongs to the newest tokens. `dequantized()` returns K and V of all tokens,
-    float32 `[1, H, context, D]` in model space. `new` is K and V of the newest tokens in model space, for `stepper`.
+    `q` is `[B, Hq, Tq, D]` in `DTYPE` and belongs to the newest tokens. `dequantized()` returns K and V of all tokens,
+    float32 `[1, H, context, D]` in model space, the same for each sequence. `new` is K and V of the newest tokens in
+    model space, for `stepper`.
     """
 
     q: Tensor
@@ -64,9 +69,11 @@ class Scene:
         """Do what a layer does for one new token, again and again the same one; without a stepper only attend."""
         if self.stepper is None:
             return self.attend(self.q)
+        batch = self.q.shape[0]
         held = self.stepper.residual[0]
-        out = self.stepper(self.q, *self.new, due=(0,), scale=None, window=None, softcap=None, sinks=None)
-        self.stepper.residual[0] = held
+        out = self.stepper(self.q, *self.new, due=batch * (0,), scale=None, window=None, softcap=None, sinks=None)
+        for row in range(batch):
+            self.stepper.residual[row] = held
         return self.crossing.leave_output(out)
 
     def attend(self, q: Tensor) -> Tensor:
@@ -110,43 +117,71 @@ def statistics_of(method: Method, shape: Shape, *, seed: int = 0) -> Statistics 
     return Statistics(balance, moment if method.feedback else None)
 
 
-def packed_scene(shape: Shape, method: Method, backend: Backend, *, context: int, queries: int = 1) -> Scene:
+def packed_scene(
+    shape: Shape,
+    method: Method,
+    backend: Backend,
+    *,
+    context: int,
+    queries: int = 1,
+    batch: int = 1,
+    device: torch.device = CPU,
+    room: int = 0,
+) -> Scene:
     """Build the cache that `context` tokens leave, of which the newest `queries` are those of this step.
+
+    All sequences of a batch hold the same tokens, each in memory of its own. `room` is pages of each sequence for
+    tokens of steps that a graph takes: those count on the device.
 
     Raises:
         UnsupportedInput: So few tokens that nothing is packed yet.
     """
     packed = packed_of(method, context, queries)
     pins = method.pinned_tokens + method.pinning.lowest
-    drawn = random_tokens(shape, _TEMPLATE_PAGES * PAGE_TOKENS + context - packed, queries)
+    drawn = random_tokens(shape, _TEMPLATE_PAGES * PAGE_TOKENS + context - packed, queries).to(device)
     crossing = method.crossing(drawn.k, statistics_of(method, shape))
     split = context - packed
     near_k, near_v = (x.to(DTYPE) for x in crossing.enter(drawn.k[:, :, :split], drawn.v[:, :, :split]))
     template = _template((drawn.k[:, :, split:], drawn.v[:, :, split:]), method, backend, crossing)
-    store = _filled_store(method, backend, template, packed)
-    row, residual = store.rows[0], context - queries - pins - packed
-    row.pins, row.residual = list(range(pins)), residual
+    store = _filled_store(method, backend, template, packed, batch)
+    residual = context - queries - pins - packed
+    for row in store.rows:
+        row.pins, row.residual = list(range(pins)), residual
     store.pin_k[:], store.pin_v[:] = near_k[:, :, :pins], near_v[:, :, :pins]
-    ring = torch.arange(packed, packed + residual) % store.residual_k.shape[2]
+    ring = torch.arange(packed, packed + residual, device=device) % store.residual_k.shape[2]
     newest = slice(pins + residual, None)
     for held, x in ((store.residual_k, near_k), (store.residual_v, near_v)):
         held[:, :, ring] = x[:, :, pins : newest.start]
-    at = torch.arange(context - queries, context)[None]
+    at = torch.arange(context - queries, context, device=device).repeat(batch, 1)
     dequantized = partial(_dequantized, backend.decode(template), crossing, (near_k, near_v), pins, packed)
-    full = [*store.full_tokens(), FullTokens(near_k[:, :, newest], near_v[:, :, newest], at)]
+    new_k, new_v = (x[:, :, newest].expand(batch, -1, -1, -1) for x in (near_k, near_v))
+    full = [*store.full_tokens(), FullTokens(new_k, new_v, at)]
+
+    def new_of(x: Tensor) -> Tensor:
+        return x[:, :, newest.start : split].to(DTYPE).expand(batch, -1, -1, -1)
+
     whole = queries == 1 and crossing.v_signs is None
+    packed_tokens, packed_bytes = store.packed_tokens(), store.pool.nbytes
+    if packed_tokens is not None:  # the pool's own list grows by the room
+        packed_tokens = replace(packed_tokens, slabs=[*packed_tokens.slabs], starts=[*packed_tokens.starts])
     return Scene(
-        q=drawn.q.to(DTYPE),
+        q=drawn.q.to(DTYPE).expand(batch, -1, -1, -1),
         q_positions=at,
-        packed=store.packed_tokens(),
-        packed_bytes=store.pool.nbytes,
+        packed=packed_tokens,
+        packed_bytes=packed_bytes,
         full=full,
         crossing=crossing,
         backend=backend,
         dequantized=dequantized,
-        stepper=backend.stepper(Stepping(store, crossing).describe()) if whole else None,
-        new=(drawn.k[:, :, newest.start : split].to(DTYPE), drawn.v[:, :, newest.start : split].to(DTYPE)),
+        stepper=_stepper(store, crossing, room) if whole else None,
+        new=(new_of(drawn.k), new_of(drawn.v)),
     )
+
+
+def _stepper(store: Store, crossing: Crossing, room: int) -> Stepper | None:
+    layer = Stepping(store, crossing).describe()
+    tables = [[*table, *store.pool.allocate(room)] for table in layer.tables]
+    return store.backend.stepper(replace(layer, tables=tables))
 
 
 def _template(tokens: tuple[Tensor, Tensor], method: Method, backend: Backend, crossing: Crossing) -> Pages:
@@ -157,21 +192,28 @@ def _template(tokens: tuple[Tensor, Tensor], method: Method, backend: Backend, c
         k, v, format=format, grid=method.grid, clip=method.clip, norm=method.norm, feedback=crossing.feedback
     )
     pages = Pages.empty(
-        _TEMPLATE_PAGES, format=format, kv_heads=k.shape[1], head_dim=k.shape[3], device=CPU, order=backend.order
+        _TEMPLATE_PAGES,
+        format=format,
+        kv_heads=k.shape[1],
+        head_dim=k.shape[3],
+        device=k.device,
+        order=backend.order,
     )
     page, slot = places(pages)
     write(pages, records, page=page, slot=slot)
     return pages
 
 
-def _filled_store(method: Method, backend: Backend, template: Pages, packed: int) -> Store:
+def _filled_store(method: Method, backend: Backend, template: Pages, packed: int, batch: int) -> Store:
     """Return a store whose pages, each its own memory, repeat those of the template."""
-    shape = (1, template.kv_heads, template.head_dim)
-    store = Store(method, backend.name, shape=shape, dtype=DTYPE, device=CPU)
-    store.rows = [Row(packed=packed, pages=store.pool.allocate(pages_of(packed)))]
+    shape = (batch, template.kv_heads, template.head_dim)
+    store = Store(method, backend.name, shape=shape, dtype=DTYPE, device=template.records.device)
+    count = pages_of(packed)
+    pages = store.pool.allocate(batch * count)
+    store.rows = [Row(packed=packed, pages=pages[row * count :][:count]) for row in range(batch)]
     for mine, source in zip(store.pool.slabs[0].tensors, template.tensors, strict=True):
         for first in range(template.count):
-            mine[first :: template.count] = source[first]
+            mine.unflatten(0, (batch, count))[:, first :: template.count] = source[first]
     return store
 
 

@@ -22,8 +22,13 @@ _RANDOM_SEED = 0
 group = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(group, name="bench")
 
-Contexts = Annotated[str, typer.Option(help="Tokens that are attended to, such as 4k,16k; up to 128k.")]
-Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas.")]
+Contexts = Annotated[
+    str | None,
+    typer.Option(help="Tokens that are attended to, such as 4k,16k; up to 128k. On a GPU in order of value."),
+]
+Methods = Annotated[
+    str | None, typer.Option("--method", help="Method names, separated by commas. Default: occam; GPU: oscar,occam.")
+]
 Threads = Annotated[str, typer.Option(help="Numbers of threads, separated by commas, or all.")]
 Repetitions = Annotated[int, typer.Option(help="Turns of each contestant, 5 or more; slow ones have 5.")]
 Backend = Annotated[str | None, typer.Option(help="Default: the one that the cache would take.")]
@@ -31,15 +36,22 @@ Isa = Annotated[str | None, typer.Option(help="Instruction set of the CPU backen
 Shapes = Annotated[
     str | None, typer.Option(help="Names, or query heads/KV heads/head_dim such as 32/8/128. Default: all names.")
 ]
+Device = Annotated[str, typer.Option(help="cpu, or cuda for the benchmark of GPUs.")]
+BudgetSeconds = Annotated[
+    float | None, typer.Option(help="On a GPU: what is not begun by then is left out, and named.")
+]
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")]
 PlotFile = Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Draw it against the context.")]
 
 
 @verb("attend", group=group)
 def attend(
+    device: Device = "cpu",
     shapes: Shapes = None,
-    contexts: Contexts = "4k,16k,64k",
-    methods: Methods = "occam",
+    contexts: Contexts = None,
+    methods: Methods = None,
+    batches: Annotated[str | None, typer.Option(help="On a GPU: sequences at once, in order of value.")] = None,
+    budget_seconds: BudgetSeconds = None,
     queries: Annotated[int, typer.Option(help="Newest tokens that attend at once, up to 128.")] = 1,
     threads: Threads = "1",
     repetitions: Repetitions = 9,
@@ -49,11 +61,21 @@ def attend(
     plot_file: PlotFile = None,
 ) -> None:
     """One attention call on packed tokens, against six ways to do it with torch in full precision."""
-    report = _Report("attend", json_file, plot_file)
+    report = _Report("attend", json_file, plot_file, device)
+    if device != "cpu":
+        _refuse("--device cuda", threads=threads != "1", queries=queries != 1, backend=backend, isa=isa)
+        from occamkv.cli.bench_gpu import attend_on_gpu
+
+        options = _given(contexts=contexts, batches=batches, methods=methods, budget_seconds=budget_seconds)
+        found = attend_on_gpu(device, [] if shapes is None else _shapes(shapes), repetitions=repetitions, **options)
+        report.finish(found, what="ms of one attention call of one layer")
+        return
+    _refuse("--device cpu", batches=batches, budget_seconds=budget_seconds)
     _set_isa(isa)
     from occamkv.bench import bench_attend
 
-    setting = _setting(methods, threads, repetitions, backend, contexts=_tokens("contexts", contexts))
+    counts = _tokens("contexts", "4k,16k,64k" if contexts is None else contexts)
+    setting = _setting(methods, threads, repetitions, backend, contexts=counts)
     with stages() as advance:
         rows = bench_attend(_shapes(shapes), setting, queries=queries, progress=advance)
     report.finish({"rows": rows}, what="ms of one attention call of one layer")
@@ -61,9 +83,12 @@ def attend(
 
 @verb("encode", group=group)
 def encode(
+    device: Device = "cpu",
     shapes: Shapes = None,
-    tokens: Annotated[int, typer.Option(help="Tokens encoded in a call, a multiple of 128.")] = 1024,
-    methods: Methods = "occam",
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens encoded in a call, a multiple of 128. Default: 1024; GPU: 32768.")
+    ] = None,
+    methods: Methods = None,
     threads: Threads = "1",
     repetitions: Repetitions = 5,
     backend: Backend = None,
@@ -71,13 +96,21 @@ def encode(
     json_file: JsonFile = None,
 ) -> None:
     """Encode new tokens of one layer, against the reference backend."""
-    report = _Report("encode", json_file, None)
+    report = _Report("encode", json_file, None, device)
+    if device != "cpu":
+        _refuse("--device cuda", threads=threads != "1", backend=backend, isa=isa)
+        from occamkv.cli.bench_gpu import encode_on_gpu
+
+        options = _given(tokens=tokens, methods=methods)
+        found = encode_on_gpu(device, [] if shapes is None else _shapes(shapes), repetitions=repetitions, **options)
+        report.finish(found, what="ms to encode tokens of one layer, from model space to records")
+        return
     _set_isa(isa)
     from occamkv.bench import bench_encode
 
     setting = _setting(methods, threads, repetitions, backend)
     with stages() as advance:
-        rows = bench_encode(_shapes(shapes), setting, tokens=tokens, progress=advance)
+        rows = bench_encode(_shapes(shapes), setting, tokens=1024 if tokens is None else tokens, progress=advance)
     report.finish({"rows": rows}, what="ms to encode tokens of one layer, from model space to records")
 
 
@@ -87,12 +120,21 @@ def decode(
         str | None,
         typer.Option("--model", help="Models as in `occamkv run`, or one with random weights. Default: both kinds."),
     ] = None,
-    contexts: Contexts = "512,2k,8k,32k",
-    methods: Methods = "occam",
-    dtypes: Annotated[str, typer.Option(help="Dtypes of the model: bfloat16, float32.")] = ",".join(_DTYPES),
-    steps: Annotated[int, typer.Option(help="Tokens decoded in a turn.")] = 32,
-    prefill_contexts: Annotated[str, typer.Option(help="Prompts that the first model reads; empty for none.")] = "8k",
-    prefill_repetitions: Annotated[int, typer.Option(help="How often each.")] = 3,
+    device: Device = "cpu",
+    contexts: Contexts = None,
+    methods: Methods = None,
+    batches: Annotated[str | None, typer.Option(help="On a GPU: sequences at once, besides 1.")] = None,
+    batch_contexts: Annotated[str | None, typer.Option(help="On a GPU: tokens of each of those sequences.")] = None,
+    budget_seconds: BudgetSeconds = None,
+    dtypes: Annotated[
+        str | None, typer.Option(help="Dtypes of the model: bfloat16, float32. GPU: bfloat16 alone.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Tokens decoded in a turn. Default: 32; GPU: 8.")] = None,
+    prefill_contexts: Annotated[
+        str | None,
+        typer.Option(help="Prompts that the first model reads; empty for none. Default: 8k; GPU: 32k."),
+    ] = None,
+    prefill_repetitions: Annotated[int, typer.Option(help="How often each; on a GPU 3 times.")] = 3,
     threads: Threads = "1",
     repetitions: Repetitions = 5,
     backend: Backend = None,
@@ -101,30 +143,68 @@ def decode(
     plot_file: PlotFile = None,
 ) -> None:
     """Greedy decoding and prefill of whole models, against transformers' own cache with SDPA."""
-    report = _Report("decode", json_file, plot_file)
+    report = _Report("decode", json_file, plot_file, device)
+    if device != "cpu":
+        given = {"dtypes": dtypes, "prefill_repetitions": prefill_repetitions != 3, "threads": threads != "1"}
+        _refuse("--device cuda", **given, backend=backend, isa=isa)
+        from occamkv.cli.bench_gpu import decode_on_gpu
+
+        options = _given(contexts=contexts, batches=batches, batch_contexts=batch_contexts, methods=methods)
+        options |= _given(prefill_contexts=prefill_contexts, steps=steps, budget_seconds=budget_seconds)
+        result = decode_on_gpu(device, models, repetitions=repetitions, **options)
+        report.finish(result, what="ms of one captured decoding step")
+        return
+    _refuse("--device cpu", batches=batches, batch_contexts=batch_contexts, budget_seconds=budget_seconds)
     _set_isa(isa)
     from occamkv.bench import bench_decode
     from occamkv.bench.decode import Prefill
 
-    setting = _setting(methods, threads, repetitions, backend, contexts=_tokens("contexts", contexts))
-    prefill = Prefill(_tokens("prefill contexts", prefill_contexts), prefill_repetitions)
-    loaders = _loaders(models, dtypes)
+    counts = _tokens("contexts", "512,2k,8k,32k" if contexts is None else contexts)
+    setting = _setting(methods, threads, repetitions, backend, contexts=counts)
+    read = _tokens("prefill contexts", "8k" if prefill_contexts is None else prefill_contexts)
+    loaders = _loaders(models, ",".join(_DTYPES) if dtypes is None else dtypes)
     with stages() as advance:
-        found = bench_decode(loaders, setting, steps=steps, prefill=prefill, progress=advance)
+        found = bench_decode(
+            loaders,
+            setting,
+            steps=32 if steps is None else steps,
+            prefill=Prefill(read, prefill_repetitions),
+            progress=advance,
+        )
     report.finish({"rows": found.rows, "prefill": found.prefill}, what="ms of one greedy decoding step")
+
+
+def _refuse(device: str, **options: object) -> None:
+    """Refuse options that mean nothing on a device, rather than ignore them."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, False)]
+    if given:
+        raise UnsupportedInput(f"{', '.join(given)} cannot be given with {device}; leave it out.")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given, lists read."""
+    numbers = ("contexts", "batches", "batch_contexts", "prefill_contexts")
+    read = {name: value for name, value in options.items() if value is not None}
+    for name, value in read.items():
+        if name in numbers:
+            read[name] = _tokens(name.replace("_", " "), value)
+        elif name == "methods":
+            read[name] = _names(value)
+    return read
 
 
 class _Report:
     """Where a result goes; refuses a bad place before anything is measured, and notes the load of the machine."""
 
-    def __init__(self, kind: str, json_file: str | None, plot_file: str | None) -> None:
+    def __init__(self, kind: str, json_file: str | None, plot_file: str | None, device: str) -> None:
         from occamkv.cli.conditions import load_average
 
         check_writable(json_file, stdout=True)
         check_writable(plot_file)
         if plot_file is not None:
             _need_plots(plot_file)
-        self.kind, self.json_file, self.plot_file = kind, json_file, plot_file
+        self.kind, self.json_file, self.plot_file = kind if device == "cpu" else f"gpu-{kind}", json_file, plot_file
+        self.device = device
         self.load_start = load_average()
 
     def finish(self, found: dict[str, Any], *, what: str) -> None:
@@ -132,10 +212,11 @@ class _Report:
         from occamkv.bench.result import SCHEMA_VERSION, check
         from occamkv.cli.conditions import conditions, cpu_conditions
 
-        given = conditions()
+        given = conditions(self.device)
         del given["threads"]  # each row has its own
-        cpu = cpu_conditions() | {"isa": _isa(), "load_start": self.load_start}
-        result = {"schema_version": SCHEMA_VERSION, "kind": self.kind, "what": what, **given, "cpu": cpu, **found}
+        if self.device == "cpu":
+            given["cpu"] = cpu_conditions() | {"isa": _isa(), "load_start": self.load_start}
+        result = {"schema_version": SCHEMA_VERSION, "kind": self.kind, "what": what, **given, **found}
         check(result)
         if self.json_file is not None:
             write_json(result, self.json_file)
@@ -168,11 +249,19 @@ def _set_isa(isa: str | None) -> None:
         library.select(isa)
 
 
-def _setting(methods: str, threads: str, repetitions: int, backend: str | None, **contexts: tuple[int, ...]) -> Setting:
+def _setting(
+    methods: str | None, threads: str, repetitions: int, backend: str | None, **contexts: tuple[int, ...]
+) -> Setting:
     from occamkv.bench import Setting
 
     counts = (os.cpu_count() or 1,) if threads == "all" else _tokens("threads", threads)
-    return Setting(methods=_names(methods), threads=counts, repetitions=repetitions, backend=backend, **contexts)
+    return Setting(
+        methods=_names("occam" if methods is None else methods),
+        threads=counts,
+        repetitions=repetitions,
+        backend=backend,
+        **contexts,
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:

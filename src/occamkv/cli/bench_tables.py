@@ -16,6 +16,11 @@ _WIDTH = 140  # of a table in a file
 def show(result: Mapping[str, Any]) -> None:
     """Show a result of `occamkv bench`."""
     wide = out if out.is_terminal else Console(file=out.file, width=_WIDTH)
+    if "gpu" in result:
+        from occamkv.cli.bench_gpu_tables import show_gpu
+
+        show_gpu(result, wide, _table)
+        return
     cells, words = _KINDS[result["kind"]]
     wide.print(_table(f"{result['what']}, medians", [cells(row) for row in result["rows"]]))
     for line in words(result["rows"]):

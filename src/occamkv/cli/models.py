@@ -36,18 +36,24 @@ def packaged_models() -> dict[str, dict[str, str]]:
 
 
 def random_models() -> dict[str, dict[str, Any]]:
-    """Return configurations of models that are measured with random weights, by name."""
+    """Return configurations of models that are measured with random weights on a CPU, by name."""
     return _data()["random"]
 
 
-def build_random(name: str, *, dtype: str, seed: int) -> Any:
-    """Build one of `random_models` with random weights, for measurements of speed: nothing is downloaded."""
+def random_gpu_models() -> dict[str, dict[str, Any]]:
+    """Return those of models that are too large for that."""
+    return _data()["random_gpu"]
+
+
+def build_random(name: str, *, dtype: str, seed: int, device: str = "cpu") -> Any:
+    """Build a model of these with random weights, right on a device, for measurements of speed: no download."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**random_models()[name])
+    config = AutoConfig.for_model(**(random_gpu_models() | random_models())[name])
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 def attention_shapes() -> dict[str, tuple[int, int, int]]:
