@@ -28,9 +28,9 @@ RAGGED = {0: 330, 1: 200}
 
 
 @pytest.fixture(autouse=True)
-def graphs(monkeypatch):
-    monkeypatch.setattr(kernels, "BACKENDS", ("reference",))
-    with stepping("reference") as made:
+def graphs():
+    with pytest.MonkeyPatch.context() as patch, stepping("reference") as made:  # ends after a test's own monkeypatch
+        patch.setattr(kernels, "BACKENDS", ("reference",))
         yield made
 
 
