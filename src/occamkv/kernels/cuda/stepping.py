@@ -4,7 +4,7 @@ All state lies on the device: how many tokens are packed and how many wait, wher
 norms. Shapes are fixed and nothing is waited for or copied from the host, so a step can be captured in a CUDA graph. A
 replay is the captured launches once more: it reads q, k and v where they were, appends to where the sequences have come
 since, and first packs what the last one has made due. `settle` packs the rest and brings the counts back. Whoever keeps
-a graph keeps the stepper, whose memory it uses.
+a graph keeps the stepper, whose memory it uses, and has taken a step before the capture: the first one loads kernels.
 """
 
 import ctypes
