@@ -201,6 +201,10 @@ class LayerStep:
             ),
             packed_splits=splits_for(q, self._packed, launching.processors(q.device)),
         )
+        blocks, heads, rows = self._attend.grid
+        counters = torch.zeros(blocks * heads * rows, dtype=torch.int32, device=q.device)
+        self._attend.arguments.counters = counters.data_ptr()  # no other call's, on whatever stream a graph runs
+        self._attend.keep.append(counters)
         self._arguments.k, self._arguments.v = view_of(k, []), view_of(v, [])
         self._alike, self._sinks = alike, sinks
 
