@@ -33,7 +33,7 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;
 };
 
-static int current, position[3], waiting, crossings, alive;
+static int current, turn, position[3], waiting, crossings, alive;
 static Fiber fibers[THREADS];
 static Warp warps[THREADS / 32];
 static std::map<u64 *, Arrivals> arrivals;
@@ -140,7 +140,7 @@ static void run_block(char *stacks, bool backwards) {
   alive = THREADS;
   arrivals.clear();
   for (Warp &warp : warps) warp = Warp();
-  for (int turn = 0; turn < THREADS; turn++) {
+  for (turn = 0; turn < THREADS; turn++) {
     const int i = backwards ? THREADS - 1 - turn : turn;
     fibers[i] = Fiber();
     ucontext_t start, back;
@@ -153,7 +153,7 @@ static void run_block(char *stacks, bool backwards) {
     if (!_setjmp(scheduler)) swapcontext(&back, &start);  // it comes back through `scheduler`
   }
   while (alive && !failure)
-    for (int turn = 0; turn < THREADS; turn++) {
+    for (turn = 0; turn < THREADS; turn++) {
       current = backwards ? THREADS - 1 - turn : turn;
       if (!fibers[current].done && !_setjmp(scheduler)) _longjmp(fibers[current].at, 1);
     }

@@ -159,6 +159,34 @@ def test_the_main_loop_has_time_while_memory_streams(tmp_path):
     assert 40 < instructions_per_1000_codes(build_of(INT2), tmp_path) <= LOOP_INSTRUCTIONS
 
 
+def fused_sums(build: building.Build, tmp_path: Path) -> int:
+    """Products that are added without being rounded before."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(building.compile_source(build)[0])
+    return subprocess.run([str(disassembler()), "-c", str(cubin)], capture_output=True, text=True).stdout.count("FFMA")
+
+
+@needs_nvrtc
+@pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed (pip install nvidia-cuda-nvdisasm)")
+def test_kernels_that_write_records_round_as_the_reference_does(tmp_path, monkeypatch):
+    """What is fused there is fused on purpose; without the option, the compiler fuses more."""
+    build = build_of(INT2, name="encode")
+    on_purpose = fused_sums(build, tmp_path)
+    nvrtc = building._nvrtc()
+
+    class Fusing:
+        def __getattr__(self, name: str) -> object:
+            return getattr(nvrtc, name)
+
+        def nvrtcCompileProgram(self, program: object, count: int, options: list[bytes]) -> object:
+            kept = [option for option in options if option != b"--fmad=false"]
+            assert len(kept) == count - 1
+            return nvrtc.nvrtcCompileProgram(program, count - 1, kept)
+
+    monkeypatch.setattr(building, "_nvrtc", Fusing)
+    assert fused_sums(build, tmp_path) > on_purpose
+
+
 # -- building ----------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from some_records import keys_and_values, planted, same, some_format, strided
 pytestmark = pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
 
 OCCAM = Format(token_scale=True, norm_dtype="float16", metadata_bits=8)
+ON_GPU = launching.launch, launching.processors
 HEAD_DIMS = (64, 128, 80, 40, 256, 96, 8, 112, 192, 248, 32)
 
 
@@ -89,6 +90,24 @@ def test_any_format_has_the_bytes_of_the_reference(seed, launches):
         else:
             assert same(made, wanted)
     assert len(launches) == (3 if takes(format, head_dim) else 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("seed", range(40))
+def test_a_gpu_writes_the_same_bytes(seed, monkeypatch):
+    monkeypatch.setattr(launching, "launch", ON_GPU[0])
+    monkeypatch.setattr(launching, "processors", ON_GPU[1])
+    rng = random.Random(seed)
+    head_dim, format = HEAD_DIMS[seed % len(HEAD_DIMS)], some_format(rng)
+    k, v = some_pair(rng, format, head_dim)
+    options = {"format": format, **some_options(rng, k.shape[1], head_dim)}
+    wanted = outcome(expected, k, v, **options)
+    moved = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in options.items()}
+    made = outcome(encode, k.cuda(), v.cuda(), **moved)
+    if isinstance(wanted, str) or isinstance(made, str):
+        assert made == wanted or "allowed on GPUs" in str(made)
+    else:
+        assert same(Records(*(None if t is None else t.cpu() for t in made)), wanted)
 
 
 @pytest.mark.parametrize("metadata_bits", [16, 8])

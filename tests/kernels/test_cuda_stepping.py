@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -37,6 +37,7 @@ FORMS = {
 }
 
 
+ON_GPU = launching.launch
 OPTIONS = ({}, {"window": 100}, {"softcap": 4.0, "scale": 0.2}, {"sinks": torch.linspace(-1, 1, 6)}, {}, {})
 
 
@@ -187,6 +188,49 @@ def test_a_replayed_graph_does_what_single_steps_do_in_any_order_of_blocks(name,
     assert captured._state[0].tolist() == packed
     for a, b in zip(held(captured, layer), held(eager, copied), strict=True):
         assert torch.equal(a, b)
+
+
+def on(device: str, thing: Any) -> Any:
+    """The same, every tensor in it on a device."""
+    if isinstance(thing, Tensor):
+        return thing.clone().to(device)
+    if isinstance(thing, list | tuple):
+        return type(thing)(on(device, x) for x in thing)
+    if is_dataclass(thing):
+        return replace(thing, **{field.name: on(device, getattr(thing, field.name)) for field in fields(thing)})
+    return thing
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", FORMS)
+def test_a_graph_on_a_gpu_does_what_the_emulator_does(name, monkeypatch):
+    mirror = prompt(FORMS[name], "cuda", monkeypatch, tokens=250, dtype=torch.bfloat16)
+    layer = with_room(mirror, 3)
+    moved = on("cuda", layer)
+    emulated, real = cuda.stepper(layer), cuda.stepper(moved)
+    steps = [[q, *mirror.fresh(1)] for q, _ in queries(mirror, 100)]
+    options = {"scale": None, "window": None, "softcap": None, "sinks": None}
+    wanted = []
+    for one in steps:
+        due = [layer.flush_tokens * (n + 1 == 128) for n in emulated.residual]
+        wanted.append(emulated(*one, due=due, **options))
+    monkeypatch.setattr(launching, "launch", ON_GPU)
+    static = on("cuda", steps[0])
+    outs = [real(*static, due=[0, 0], **options).cpu()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = real(*static, due=[0, 0], **options)
+    for one in steps[1:]:
+        for place, x in zip(static, one, strict=True):
+            place.copy_(x)
+        graph.replay()
+        outs.append(out.cpu())
+    real.settle()
+    assert list(real.residual) == list(emulated.residual)
+    for a, b in zip(held(real, moved), held(emulated, layer), strict=True):
+        assert torch.equal(a.cpu(), b)
+    for a, b in zip(outs, wanted, strict=True):
+        assert relative_error(a, b.double()) < 1e-2
 
 
 def test_a_step_allocates_its_result_and_waits_for_nothing(monkeypatch):

@@ -4,7 +4,7 @@ All state lies on the device: how many tokens are packed and how many wait, wher
 norms. Shapes are fixed and nothing is waited for or copied from the host, so a step can be captured in a CUDA graph. A
 replay is the captured launches once more: it reads q, k and v where they were, appends to where the sequences have come
 since, and first packs what the last one has made due. `settle` packs the rest and brings the counts back. Whoever keeps
-a graph keeps the stepper, whose memory it uses.
+a graph keeps the stepper, whose memory it uses, and has taken a step before the capture: the first one loads kernels.
 """
 
 import ctypes
@@ -201,6 +201,10 @@ class LayerStep:
             ),
             packed_splits=splits_for(q, self._packed, launching.processors(q.device)),
         )
+        blocks, heads, rows = self._attend.grid
+        counters = torch.zeros(blocks * heads * rows, dtype=torch.int32, device=q.device)
+        self._attend.arguments.counters = counters.data_ptr()  # no other call's, on whatever stream a graph runs
+        self._attend.keep.append(counters)
         self._arguments.k, self._arguments.v = view_of(k, []), view_of(v, [])
         self._alike, self._sinks = alike, sinks
 
