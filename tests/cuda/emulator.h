@@ -135,6 +135,14 @@ OKV_DEVICE void load(u32 *to, const void *from) {
   memcpy(to, from, 4 * N);
 }
 
+OKV_DEVICE void store_pair(u32 *to, u32 first, u32 second) {
+  if ((u64)to % 8) emulator::fail("a store is not aligned");
+  to[0] = first, to[1] = second;
+}
+
+OKV_DEVICE void warp_barrier() { emulator::meet({}); }
+OKV_DEVICE bool elected() { return emulator::meet({}) && (thread() & 31) == 0; }
+
 OKV_DEVICE void fence() {}
 OKV_DEVICE u32 count_up(u32 *counter) { return (*counter)++; }
 OKV_DEVICE float load_fresh(const float *x) { return *x; }

@@ -251,8 +251,8 @@ MUTATIONS = {
     "third bits of the other tile": ("codes.cuh", "tile ? third << 1 : third >> 7", "tile ? third >> 7 : third << 1"),
     "channels of scales exchanged": (
         "packed.cuh",
-        "multiply(q[k], scales[k])",
-        "multiply(q[k], scales[k ^ 1])",
+        "multiply(q[k], scale.of[k])",
+        "multiply(q[k], scale.of[k ^ 1])",
     ),
     "the norm of the next token": ("packed.cuh", "16 * t + 8 * half + at.row)", "16 * t + 8 * half + (at.row ^ 1))"),
     "a length one too long": ("shared.cuh", "count > length ? length : count", "count > length ? length : count + 1"),
@@ -264,7 +264,7 @@ MUTATIONS = {
     "no minimum of V": ("combine.cuh", "tile & 1, upper)) + minimum)", "tile & 1, upper)))"),
     "sums not shrunk": ("softmax.cuh", "sums[i][c + 2] *= shrink", "sums[i][c + 2] *= 1.0f"),
     "copies not waited for": ("ring.cuh", "copies_wait<STAGES - 2>();", ""),
-    "a page copied too early": ("ring.cuh", "copy(i + STAGES - 1);", "copy(i + STAGES);"),
+    "a page copied too early": ("ring.cuh", "copy(i + STAGES - 1,", "copy(i + STAGES,"),
     "a split left out": ("combine.cuh", "== (u32)a.splits - 1", "== (u32)a.splits - 2"),
 }
 

@@ -1,6 +1,6 @@
 // Codes and metadata as the registers of the tensor core: one logical operation for two codes.
 #pragma once
-#include "layout.cuh"
+#include "shared.cuh"
 
 namespace occam {
 
@@ -95,29 +95,38 @@ OKV_DEVICE half2 centred(half2 minimum) {
   return multiply_add(minimum, two_to_the(EXPONENT), OFFSET);
 }
 
-// Scales (or minimums) of K for 32 channels, as lane p of four holds them: half2 k has channels 8 k + 2 p, + 1.
-struct KMetadata {
-  u32 words[SMALL_METADATA ? 2 : 4];
+// Scales (or minimums) of K for 32 channels, as lane p of four holds them: half2 k has channels 8 k + 2 p, + 1. Of V the
+// same for 32 tokens and one group: half2 k has tokens 8 k + 2 p, + 1.
+struct Metadata {
+  half2 of[4];
 
-  OKV_DEVICE void read(const u8 *section, int block, int p) {
-    if constexpr (SMALL_METADATA) load<2>(words, section + 32 * block + 8 * p);
-    else load<4>(words, section + 64 * block + 16 * p);
-  }
-
-  template <int K>
-  OKV_DEVICE half2 scale() const {
-    if constexpr (SMALL_METADATA) return small_scale<K & 1>(words[K >> 1]);
-    else return words[K];
-  }
-
-  template <int K>
-  OKV_DEVICE half2 minimum() const {
-    if constexpr (SMALL_METADATA) return small_minimum<K & 1>(words[K >> 1]);
-    else return words[K];
-  }
+  OKV_DEVICE Metadata(const void *section, int block, int p) { load<4>(of, (const u8 *)section + 64 * block + 16 * p); }
 };
 
-// The same of V for 32 tokens and one group: half2 k has tokens 8 k + 2 p, + 1.
-typedef KMetadata VMetadata;
+// Make 8-bit metadata of 32 tokens as wide as 16-bit metadata is, all lanes together. Then scales of K are 1 / 256 of what
+// they were without the record's factor, and minimums of K are in units of scale / 16, times 2 ** code_shift of step 0.
+OKV_DEVICE void widen(const u8 *record, int subgroup, int lane, half2 v_super, Wide &to) {
+  warp_barrier();
+#pragma unroll
+  for (int i = lane; i < WIDTH / 4; i += 32) {
+    u32 scale, minimum;
+    load<1>(&scale, record + K_SCALE + 4 * i);
+    load<1>(&minimum, record + K_MINIMUM + 4 * i);
+    store_pair(to.k_scale + 2 * i, small_scale<0>(scale), small_scale<1>(scale));
+    store_pair(to.k_minimum + 2 * i, centred<code_shift(K_BITS, 0, 0)>(small_minimum<0>(minimum)),
+               centred<code_shift(K_BITS, 0, 1)>(small_minimum<1>(minimum)));
+  }
+#pragma unroll
+  for (int i = lane; i < 8 * V_GROUPS; i += 32) {
+    u32 scale, minimum;
+    load<1>(&scale, record + V_SCALE + subgroup * V_SUBGROUP_META + 4 * i);
+    load<1>(&minimum, record + V_MINIMUM + subgroup * V_SUBGROUP_META + 4 * i);
+    const half2 first = multiply(small_scale<0>(scale), v_super), second = multiply(small_scale<1>(scale), v_super);
+    store_pair(to.v_scale + 2 * i, first, second);
+    store_pair(to.v_minimum + 2 * i, multiply(centred<-4>(small_minimum<0>(minimum)), first),
+               multiply(centred<-4>(small_minimum<1>(minimum)), second));
+  }
+  warp_barrier();
+}
 
 }  // namespace occam

@@ -19,7 +19,7 @@ OKV_DEVICE void leave(const Place &at, bool packed, Running &running, Merge &mer
     merge.minimums[at.warp][at.row][column] = running.others[c];
   }
   barrier();
-  const float unit = power(SCALE_EXPONENT - P_EXPONENT);
+  const float unit = power(-P_EXPONENT);
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll

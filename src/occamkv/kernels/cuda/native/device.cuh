@@ -118,6 +118,11 @@ OKV_DEVICE void load(u32 *to, const void *from) {
   }
 }
 
+// Two words, aligned to 8 bytes.
+OKV_DEVICE void store_pair(u32 *to, u32 first, u32 second) { *(uint2 *)to = make_uint2(first, second); }
+
+OKV_DEVICE void warp_barrier() { __syncwarp(); }
+
 // For the last block of a row, which reads what the others wrote.
 OKV_DEVICE void fence() { __threadfence(); }
 OKV_DEVICE u32 count_up(u32 *counter) { return atomicAdd(counter, 1u); }
@@ -142,6 +147,13 @@ OKV_DEVICE void copies_wait() {
 }
 
 #if OKV_BULK
+// Whether this lane is the one of its warp that does what one does.
+OKV_DEVICE bool elected() {
+  u32 one;
+  asm volatile("{.reg .pred p; elect.sync _|p,0xffffffff; selp.u32 %0,1,0,p;}" : "=r"(one));
+  return one;
+}
+
 // One copy of many bytes that a barrier in shared memory counts.
 OKV_DEVICE void arrivals_init(u64 *at) { asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(shared_address(at))); }
 

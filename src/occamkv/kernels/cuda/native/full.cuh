@@ -128,11 +128,11 @@ OKV_DEVICE void take_full(const Arguments &a, const Place &at, const Shared &sha
           if (a.softcap > 0.0f) logit = soft_cap(logit, a.softcap);
           logit = (logit + added) * LOG2_E;
           const i64 there = tile.position[half];
-          if (there < 0 || there > own_position || there <= own_position - a.window) logit = HIDDEN;
+          if (there < 0 || there > own_position || there <= own_position - a.window) logit = bits_to_float(HIDDEN);
         }
       }
       half2 p[2];
-      running.take(logits, p, 1.0f);
+      running.take(logits, {1.0f, 1.0f}, p, 0);
       const half2 ones = at.row == 0 ? both(HALF_ONE) : 0;
       multiply_tiles(running.others, 0, ones, 0, ones, p[0], p[1]);
       tile.values(at, p, running.sums);

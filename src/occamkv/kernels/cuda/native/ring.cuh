@@ -7,74 +7,82 @@ namespace occam {
 struct Ring {
   const Arguments &a;
   Shared &shared;
-  i64 first;  // of this block, in the table
-  int head, count;
-  int next;  // number of the page that is copied next, known one turn ahead
+  const i64 first;  // of this block, in the table
+  const int count;
+  int stage = 0, parity = 0;  // of the page that is read
 
   OKV_DEVICE Ring(const Arguments &arguments, const Place &at, Shared &memory, int start, int end)
-      : a(arguments), shared(memory), first((i64)at.batch * a.table_width + start), head(at.head),
-        count(end - start), next(count > 0 ? (int)a.table[first] : 0) {
+      : a(arguments), shared(memory), first((i64)at.batch * a.table_width + start), count(end - start) {
 #if OKV_BULK
     if (thread() == 0) {
 #pragma unroll
       for (int i = 0; i < STAGES; i++) arrivals_init(&shared.arrivals[i]);
       arrivals_ready();
     }
-    barrier();
 #endif
+    find(at, 0);
+    barrier();
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) copy(i);
+    for (int i = 0; i < STAGES - 1; i++) copy(i, i);
     settle();
   }
 
-  // Begin to copy page i into its stage, which nobody reads any more. All threads call this.
-  OKV_DEVICE void copy(int i) {
-#if OKV_BULK
-    if (i < count && thread() < 32) start(i, shared.stages[i % STAGES]);
-#else
-    if (i < count) start(i, shared.stages[i % STAGES]);
-#endif
-    copies_commit();
-  }
-
-  OKV_DEVICE void start(int i, Stage &to) {
-    const int number = next;
-    if (i + 1 < count) next = (int)a.table[first + i + 1];
+  // Find out where page i and those behind it lie. It must be long until page i is copied: a barrier comes before.
+  OKV_DEVICE void find(const Place &at, int i) {
+    i += thread();
+    if (thread() >= SOURCES / 2 || i >= count) return;
+    const i64 number = a.table[first + i];
     int slab = a.slab_count - 1;
 #pragma unroll 1
     while (a.slabs[slab].start > number) slab--;
     const Slab from = a.slabs[slab];
-    const i64 local = number - from.start, of_head = local * a.kv_heads + head;
-    const u8 *page = from.records + of_head * PAGE_BYTES;
-    const u8 *norms = from.norms + local * (PAGE_TOKENS * NORM_BYTES);
+    const i64 local = number - from.start, of_head = local * a.kv_heads + at.head;
+    shared.sources[(u32)i % SOURCES] = {from.records + of_head * PAGE_BYTES, from.norms + local * (PAGE_TOKENS * NORM_BYTES),
+                                   from.supers + of_head * SUPER_BYTES};
+  }
+
+  // Begin to copy page i into a stage that nobody reads any more. All threads call this.
+  OKV_DEVICE void copy(int i, int stage) {
+    const Source from = shared.sources[(u32)i % SOURCES];
+    Stage &to = shared.stages[stage];
 #if OKV_BULK
-    if (thread() == 0) {
-      u64 *arrivals = &shared.arrivals[i % STAGES];
-      arrivals_expect(arrivals, PAGE_BYTES + PAGE_TOKENS * NORM_BYTES);
-      copy_bulk(to.page, page, PAGE_BYTES, arrivals);
-      if (NORM_BYTES) copy_bulk(to.norms, norms, PAGE_TOKENS * NORM_BYTES, arrivals);
+    if (i < count && thread() < 32 && elected()) {
+      u64 *arrivals = &shared.arrivals[stage];
+      arrivals_expect(arrivals, PAGE_BYTES + PAGE_TOKENS * NORM_BYTES + (SUPER_BYTES == 16 ? 16 : 0));
+      copy_bulk(to.page, from.page, PAGE_BYTES, arrivals);
+      if (NORM_BYTES) copy_bulk(to.norms, from.norms, PAGE_TOKENS * NORM_BYTES, arrivals);
+      if (SUPER_BYTES == 16) copy_bulk(to.supers, from.supers, 16, arrivals);
     }
 #else
-    for (int at = 16 * thread(); at < PAGE_BYTES; at += 16 * THREADS) copy_16(to.page + at, page + at);
-    if (16 * thread() < PAGE_TOKENS * NORM_BYTES) copy_16(to.norms + 16 * thread(), norms + 16 * thread());
+    if (i < count) {
+      for (int at = 16 * thread(); at < PAGE_BYTES; at += 16 * THREADS) copy_16(to.page + at, from.page + at);
+      if (16 * thread() < PAGE_TOKENS * NORM_BYTES) copy_16(to.norms + 16 * thread(), from.norms + 16 * thread());
+      if (SUPER_BYTES == 16 && thread() == 0) copy_16(to.supers, from.supers);
+    }
 #endif
-    if (SMALL_METADATA && thread() < RECORDS)
-      copy_4(to.supers + thread(), from.supers + (of_head * RECORDS + thread()) * 4);
+    if (SUPER_BYTES % 16 && i < count && 4 * thread() < SUPER_BYTES)
+      copy_4(to.supers + thread(), from.supers + 4 * thread());
+    if (WORD_COPIES) copies_commit();
   }
 
   // The stage with page i, which has arrived.
   OKV_DEVICE const Stage &page(int i) {
-    copy(i + STAGES - 1);
+    copy(i + STAGES - 1, stage ? stage - 1 : STAGES - 1);
 #if OKV_BULK
-    arrivals_wait(&shared.arrivals[i % STAGES], i / STAGES & 1);
+    arrivals_wait(&shared.arrivals[stage], parity);
 #endif
-    return shared.stages[i % STAGES];
+    return shared.stages[stage];
   }
 
   // Every thread is done with a page, and what each copied by itself for the next one is there for all.
   OKV_DEVICE void settle() {
-    copies_wait<STAGES - 2>();
+    if (WORD_COPIES) copies_wait<STAGES - 2>();
     barrier();
+  }
+
+  OKV_DEVICE void advance() {
+    settle();
+    if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
 
