@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from occamkv.kernels.cuda.building import ARCHITECTURES
 from occamkv.kernels.cuda.call import MAX_PARTS, MAX_QUERIES
 from occamkv.kernels.cuda.launching import architecture_of
 from occamkv.methods import Method
-from scattered_pages import scatter
+from scattered_pages import clone_slabs, fill_behind, page_at, scatter
 from some_attention import METHODS, RAGGED, Case, Held, make_case, pack, unpacked
 
 pytestmark = pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
@@ -39,6 +40,16 @@ SHAPES = (
     (8, 32),
 )
 """Head_dim and V group."""
+
+
+def mutate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, old: str, new: str) -> None:
+    """Let the emulator build a source in which `file` says `new` for `old`."""
+    for path in emulated_cuda.NATIVE.iterdir():
+        text = path.read_text()
+        assert path.name != file or old in text
+        (tmp_path / path.name).write_text(text.replace(old, new) if path.name == file else text)
+    monkeypatch.setattr(emulated_cuda, "NATIVE", tmp_path)
+    monkeypatch.setattr(emulated_cuda, "build", emulated_cuda.build.__wrapped__)
 
 
 def some_method(rng: random.Random, head_dim: int, v_group: int) -> Method:
@@ -254,7 +265,7 @@ MUTATIONS = {
         "multiply(q[k], scale.of[k])",
         "multiply(q[k], scale.of[k ^ 1])",
     ),
-    "the norm of the next token": ("packed.cuh", "16 * t + 8 * half + at.row)", "16 * t + 8 * half + (at.row ^ 1))"),
+    "the norm of the next token": ("packed.cuh", "8 * i + at.row)", "8 * i + (at.row ^ 1))"),
     "a length one too long": ("shared.cuh", "count > length ? length : count", "count > length ? length : count + 1"),
     "a window one too long": (
         "shared.cuh",
@@ -267,25 +278,43 @@ MUTATIONS = {
     "a page copied too early": ("ring.cuh", "copy(i + STAGES - 1,", "copy(i + STAGES,"),
     "a split left out": ("combine.cuh", "== (u32)a.splits - 1", "== (u32)a.splits - 2"),
 }
+IN_BYTES = {
+    "minimums of K exchanged": ("codes.cuh", "k_minimum[2] = ", "k_minimum[1] = "),
+    "no factor of V": ("codes.cuh", "both((page.supers[record] >> 16)", "both(0 * (page.supers[record] >> 16)"),
+    "a page of the next split": ("packed.cuh", "seen.end < end * PAGE_TOKENS ? seen.end :", "true ? seen.end :"),
+    "the second page not found": ("ring.cuh", "source(i * STEP_PAGES + j)", "source(i * STEP_PAGES)"),
+}
+"""With 8-bit metadata, and two pages at a time."""
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("what", MUTATIONS)
+@pytest.mark.parametrize("what", [*MUTATIONS, *IN_BYTES])
 def test_twin_a_wrong_kernel_is_noticed(what, monkeypatch, tmp_path):
-    file, old, new = MUTATIONS[what]
-    for path in emulated_cuda.NATIVE.iterdir():
-        text = path.read_text()
-        assert path.name != file or old in text
-        (tmp_path / path.name).write_text(text.replace(old, new) if path.name == file else text)
-    form = Method("oscar", Format(k_bits=3, v_bits=2, token_scale=True))
-    case = make_case(form, held=(Held(2, 25, 20), Held(1, 3, 127)), gqa=2)
-    case.check(Emulated(packed_splits=1), window=90)
-    monkeypatch.setattr(emulated_cuda, "NATIVE", tmp_path)
-    emulated_cuda.build.cache_clear()
+    file, old, new = (MUTATIONS | IN_BYTES)[what]
+    changed = {"k_bits": 3} if what in MUTATIONS else {"metadata_bits": 8}
+    case = make_case(
+        Method("oscar", Format(token_scale=True, **changed)), held=(Held(2, 25, 20), Held(1, 3, 127)), gqa=2
+    )
+    backend = Emulated(packed_splits=1 if what in MUTATIONS else 3)
+    case.check(backend, window=90)
+    case.check(backend)
+    mutate(monkeypatch, tmp_path, file, old, new)
     with pytest.raises(AssertionError):
-        case.check(Emulated(packed_splits=1), window=90)
-        case.check(Emulated(packed_splits=1))
-    emulated_cuda.build.cache_clear()
+        case.check(backend, window=90)
+        case.check(backend)
+
+
+@pytest.mark.emulator
+def test_twin_a_record_that_is_none_is_noticed(monkeypatch, tmp_path):
+    case = make_case(Method("oscar", Format()), held=(Held(0, 3, 0),))
+    slabs = clone_slabs(case.packed)
+    slab, page = page_at(case.packed, 0, 0)
+    fill_behind(slabs[slab], page, 3)
+    spoiled = case.with_packed(slabs=slabs)
+    spoiled.check(Emulated())
+    mutate(monkeypatch, tmp_path, "packed.cuh", "part == 0 || token + 32 * part < seen.end", "true")
+    with pytest.raises(AssertionError):
+        spoiled.check(Emulated())
 
 
 def test_twin_another_order_of_bits_is_noticed(monkeypatch):

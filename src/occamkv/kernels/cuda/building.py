@@ -92,11 +92,12 @@ def attend_bytes(format: Format, head_dim: int, *, stages: int) -> int:
     """Return the bytes of shared memory of a block of the attend kernel, `Shared` of native/shared.cuh."""
     width = padded(head_dim)
     row = 4 * (width + 4)
-    page = format.page_records * format.sections(head_dim).record_bytes
-    stage = page + max(16, PAGE_TOKENS * format.norm_bytes) + 16
+    pages = 2 if width <= 64 and format.k_bits + format.v_bits == 4 else 1  # of a step
+    page = format.page_records * format.sections(head_dim).record_bytes + max(16, PAGE_TOKENS * format.norm_bytes) + 16
     merge = _WARPS * _COLUMNS * (row + 4 * 2 + 4 * 8)
-    ring = -(-max(stages * stage, merge) // 128) * 128
-    wide = 4 * (width + 32 * channel_groups(head_dim, format.v_group)) * _WARPS if format.metadata_bits == 8 else 16
+    ring = -(-max(stages * pages * page, merge) // 128) * 128
+    groups = channel_groups(head_dim, format.v_group)
+    wide = 4 * (width + 32 * groups) * _WARPS * pages if format.metadata_bits == 8 else 16
     columns = _COLUMNS * (row + 8 + 4 * 4)
     return -(-(ring + wide + columns + _SOURCES * 24 + 8 * stages + 4) // 128) * 128
 

@@ -103,27 +103,33 @@ struct Metadata {
   OKV_DEVICE Metadata(const void *section, int block, int p) { load<4>(of, (const u8 *)section + 64 * block + 16 * p); }
 };
 
-// Make 8-bit metadata of 32 tokens as wide as 16-bit metadata is, all lanes together. Then scales of K are 1 / 256 of what
-// they were without the record's factor, and minimums of K are in units of scale / 16, times 2 ** code_shift of step 0.
-OKV_DEVICE void widen(const u8 *record, int subgroup, int lane, half2 v_super, Wide &to) {
+// Make 8-bit metadata of a warp's tokens, from subgroup `number` of a page on, as wide as 16-bit metadata is, all lanes
+// together. Then scales of K are 1 / 256 of what they were, without the record's factor, and minimums of K are in units of
+// scale / 16, times 2 ** code_shift of step 0.
+OKV_DEVICE void widen(const Page &page, int number, int lane, Wide *to) {
+  constexpr int K_WORDS = WIDTH / 4, V_WORDS = 8 * V_GROUPS;
   warp_barrier();
 #pragma unroll
-  for (int i = lane; i < WIDTH / 4; i += 32) {
+  for (int i = lane; i < PARTS * K_WORDS; i += 32) {
+    const int part = i / K_WORDS, word = i % K_WORDS;
+    const u8 *from = page.records + (number + part) / SUBGROUPS * RECORD_BYTES + 4 * word;
     u32 scale, minimum;
-    load<1>(&scale, record + K_SCALE + 4 * i);
-    load<1>(&minimum, record + K_MINIMUM + 4 * i);
-    store_pair(to.k_scale + 2 * i, small_scale<0>(scale), small_scale<1>(scale));
-    store_pair(to.k_minimum + 2 * i, centred<code_shift(K_BITS, 0, 0)>(small_minimum<0>(minimum)),
-               centred<code_shift(K_BITS, 0, 1)>(small_minimum<1>(minimum)));
+    load<1>(&scale, from + K_SCALE), load<1>(&minimum, from + K_MINIMUM);
+    store_pair(to[part].k_scale + 2 * word, small_scale<0>(scale), small_scale<1>(scale));
+    half2 *k_minimum = to[part].k_minimum + word / 2 * 4 + word % 2;  // half2 0, 2, 1, 3: the order of a tile's factor
+    k_minimum[0] = centred<code_shift(K_BITS, 0, 0)>(small_minimum<0>(minimum));
+    k_minimum[2] = centred<code_shift(K_BITS, 0, 1)>(small_minimum<1>(minimum));
   }
 #pragma unroll
-  for (int i = lane; i < 8 * V_GROUPS; i += 32) {
+  for (int i = lane; i < PARTS * V_WORDS; i += 32) {
+    const int part = i / V_WORDS, word = i % V_WORDS, record = (number + part) / SUBGROUPS;
+    const u8 *from = page.records + record * RECORD_BYTES + (number + part) % SUBGROUPS * V_SUBGROUP_META + 4 * word;
+    const half2 v_super = both((page.supers[record] >> 16) + ((u32)SCALE_EXPONENT << 10));  // a power of two
     u32 scale, minimum;
-    load<1>(&scale, record + V_SCALE + subgroup * V_SUBGROUP_META + 4 * i);
-    load<1>(&minimum, record + V_MINIMUM + subgroup * V_SUBGROUP_META + 4 * i);
+    load<1>(&scale, from + V_SCALE), load<1>(&minimum, from + V_MINIMUM);
     const half2 first = multiply(small_scale<0>(scale), v_super), second = multiply(small_scale<1>(scale), v_super);
-    store_pair(to.v_scale + 2 * i, first, second);
-    store_pair(to.v_minimum + 2 * i, multiply(centred<-4>(small_minimum<0>(minimum)), first),
+    store_pair(to[part].v_scale + 2 * word, first, second);
+    store_pair(to[part].v_minimum + 2 * word, multiply(centred<-4>(small_minimum<0>(minimum)), first),
                multiply(centred<-4>(small_minimum<1>(minimum)), second));
   }
   warp_barrier();

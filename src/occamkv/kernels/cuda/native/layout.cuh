@@ -18,7 +18,10 @@ constexpr int WIDTH = 32 * BLOCKS;
 constexpr int TILES = WIDTH / 16;              // of 16 channels
 constexpr int V_GROUPS = (HEAD_DIM + V_GROUP - 1) / V_GROUP;
 constexpr int RECORDS = PAGE_TOKENS / GROUP;
-constexpr int SUBGROUPS = GROUP / 32;          // a warp reads 32 tokens at a time
+constexpr int SUBGROUPS = GROUP / 32;          // of 32 tokens, the rows of two tile products
+// Pages that a block reads at a time. What is done once for the tokens of a warp weighs more in short rows.
+constexpr int STEP_PAGES = BLOCKS <= 2 && K_BITS + V_BITS == 4 ? 2 : 1;
+constexpr int PARTS = STEP_PAGES;              // subgroups that a warp reads at a time
 constexpr int META_BYTES = SMALL_METADATA ? 1 : 2;
 
 constexpr int K_CODES = 0;

@@ -88,22 +88,29 @@ OKV_DEVICE void add_lost(const half2 *q, const half2 (&scales)[4], const half2 (
   multiply_tiles(sums, LOW, LOW, HIGH, HIGH, lost_low, lost_high);
 }
 
-// Where the metadata of a warp's 32 tokens lies.
-struct Sections {
+// Where 32 tokens lie: number `number` of the four times 32 of a page.
+struct Subgroup {
+  const u8 *k_codes, *v_codes;
   const void *k_scale, *k_minimum, *v_scale, *v_minimum;
 
-  OKV_DEVICE explicit Sections(const Wide &wide)
-      : k_scale(wide.k_scale), k_minimum(wide.k_minimum), v_scale(wide.v_scale), v_minimum(wide.v_minimum) {}
-
-  OKV_DEVICE Sections(const u8 *record, int subgroup)
-      : k_scale(record + K_SCALE), k_minimum(record + K_MINIMUM),
-        v_scale(record + V_SCALE + subgroup * V_SUBGROUP_META),
-        v_minimum(record + V_MINIMUM + subgroup * V_SUBGROUP_META) {}
+  OKV_DEVICE Subgroup(const Page &page, int number, const Wide &wide) {
+    const u8 *record = page.records + number / SUBGROUPS * RECORD_BYTES;
+    const int within = number % SUBGROUPS;
+    k_codes = record + K_CODES + within * (WIDTH * K_BITS * 4);
+    v_codes = record + V_CODES + within * (WIDTH * V_BITS * 4);
+    if constexpr (SMALL_METADATA) {
+      k_scale = wide.k_scale, k_minimum = wide.k_minimum, v_scale = wide.v_scale, v_minimum = wide.v_minimum;
+    } else {
+      k_scale = record + K_SCALE, k_minimum = record + K_MINIMUM;
+      v_scale = record + V_SCALE + within * V_SUBGROUP_META;
+      v_minimum = record + V_MINIMUM + within * V_SUBGROUP_META;
+    }
+  }
 };
 
 // 32 channels. Products of minimum and q are the same for all tokens, so two tile products take the same registers:
 // what counts are the first rows of `lower` and the last of `upper`.
-OKV_DEVICE void k_block(const Codes<K_BITS> &codes, const Queries &queries, const Sections &of, const Place &at,
+OKV_DEVICE void k_block(const Codes<K_BITS> &codes, const Queries &queries, const Subgroup &of, const Place &at,
                         int block, float (&sums)[2][4], float (&lower)[4], float (&upper)[4]) {
   const Metadata scale(of.k_scale, block, at.pair), minimum(of.k_minimum, block, at.pair);
   const half2 *q = queries.pairs + 4 * block, *m = minimum.of;
@@ -113,8 +120,8 @@ OKV_DEVICE void k_block(const Codes<K_BITS> &codes, const Queries &queries, cons
   k_step<0>(codes, scaled, block, sums);
   k_step<1>(codes, scaled, block, sums);
   if constexpr (SMALL_METADATA) {
-    multiply_tiles(lower, m[0], m[2], m[1], m[3], scaled[0], scaled[1]);
-    multiply_tiles(upper, m[0], m[2], m[1], m[3], scaled[2], scaled[3]);
+    multiply_tiles(lower, m[0], m[1], m[2], m[3], scaled[0], scaled[1]);
+    multiply_tiles(upper, m[0], m[1], m[2], m[3], scaled[2], scaled[3]);
   } else {
     multiply_tiles(lower, m[0], m[1], m[2], m[3], plain<0>(q[0]), plain<2>(q[2]));
     multiply_tiles(upper, m[0], m[1], m[2], m[3], plain<1>(q[1]), plain<3>(q[3]));
@@ -134,8 +141,7 @@ OKV_DEVICE void v_step(const Codes<V_BITS> &codes, const half2 (&p)[4], int bloc
   }
 }
 
-OKV_DEVICE void take_values(const u8 *record, int subgroup, const Sections &of, const Place &at, const half2 (&p)[4],
-                            Running &running) {
+OKV_DEVICE void take_values(const Subgroup &of, const Place &at, const half2 *p, Running &running) {
   // Rows without a group take the last one's minimums and are not read. Row 8 adds up the weights, as rounded as they
   // are in the other sums.
   const Metadata minimum(of.v_minimum, at.row < V_GROUPS ? at.row : V_GROUPS - 1, at.pair);
@@ -143,7 +149,7 @@ OKV_DEVICE void take_values(const u8 *record, int subgroup, const Sections &of, 
   multiply_tiles(running.others, minimum.of[0], ONES, minimum.of[1], ONES, p[0], p[1]);
   multiply_tiles(running.others, minimum.of[2], ONES, minimum.of[3], ONES, p[2], p[3]);
   Codes<V_BITS> codes;
-  codes.read(record + V_CODES + subgroup * (WIDTH * V_BITS * 4), at.lane);
+  codes.read(of.v_codes, at.lane);
   half2 scaled[4];
 #pragma unroll
   for (int block = 0; block < BLOCKS; block++) {
@@ -158,11 +164,10 @@ OKV_DEVICE void take_values(const u8 *record, int subgroup, const Sections &of, 
 }
 
 // Logits, but for the norm of the token and the unit of the column.
-OKV_DEVICE void k_products(const u8 *record, int subgroup, const Sections &of, const Place &at, const Queries &q,
-                           float (&logits)[2][4]) {
+OKV_DEVICE void k_products(const Subgroup &of, const Place &at, const Queries &q, float (&logits)[2][4]) {
   float lower[4] = {0.0f, 0.0f, 0.0f, 0.0f}, upper[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   Codes<K_BITS> codes;
-  codes.read(record + K_CODES + subgroup * (WIDTH * K_BITS * 4), at.lane);
+  codes.read(of.k_codes, at.lane);
 #pragma unroll
   for (int block = 0; block < BLOCKS; block++) k_block(codes, q, of, at, block, logits, lower, upper);
   const float of_upper = power(SMALL_METADATA ? code_shift(K_BITS, 1, 0) : 0);
@@ -173,83 +178,86 @@ OKV_DEVICE void k_products(const u8 *record, int subgroup, const Sections &of, c
     for (int i = 0; i < 4; i++) logits[t][i] = logits[t][i] * power(24 + UNIT_EXPONENT) + minimums[i & 1];
 }
 
-OKV_DEVICE float norm_of(const Stage &stage, int token) {
-  if constexpr (NORM_BYTES == 4) return ((const float *)stage.norms)[token];
-  else if constexpr (NORM_BYTES == 2) return half_to_float(((const u16 *)stage.norms)[token]);
+OKV_DEVICE float norm_of(const Page &page, int token) {
+  if constexpr (NORM_BYTES == 4) return ((const float *)page.norms)[token];
+  else if constexpr (NORM_BYTES == 2) return half_to_float(((const u16 *)page.norms)[token]);
   else return 1.0f;
 }
 
-// 32 tokens of one warp; `token` is the first one's number in the sequence.
-OKV_DEVICE void take_tokens(const Arguments &a, Shared &shared, const Stage &stage, const Place &at, const Queries &q,
+// The tokens of one warp in a step; `token` is the first one's number in the sequence.
+OKV_DEVICE void take_tokens(const Arguments &a, Shared &shared, const Page *pages, const Place &at, const Queries &q,
                             const Seen &seen, int token, Running &running) {
-  const int number = at.warp / SUBGROUPS, subgroup = at.warp % SUBGROUPS;
-  const u8 *record = stage.page + number * RECORD_BYTES;
-  Sections of(record, subgroup);
-  float unit[2] = {q.unit[0], q.unit[1]};
-  if constexpr (SMALL_METADATA) {
-    Wide &wide = ((Wide *)shared.wide)[at.warp];
-    const u32 supers = stage.supers[number];  // powers of two
-    widen(record, subgroup, at.lane, both((supers >> 16) + ((u32)SCALE_EXPONENT << 10)), wide);
-    const float k_super = half_to_float((u16)(supers & 0xffffu));
-    unit[0] *= k_super, unit[1] *= k_super;
-    of = Sections(wide);
-  }
-  float logits[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
-  k_products(record, subgroup, of, at, q, logits);
+  const Page &page = pages[PARTS == 1 ? 0 : at.warp * PARTS / WARPS];
+  const int number = PARTS == 1 ? at.warp : at.warp * PARTS % WARPS;
+  Wide *wide = (Wide *)shared.wide + PARTS * at.warp;
+  if constexpr (SMALL_METADATA) widen(page, number, at.lane, wide);
+  float logits[2 * PARTS][4];
 #pragma unroll
-  for (int t = 0; t < 2; t++)
+  for (int part = 0; part < PARTS; part++) {
+    float own[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+    k_products(Subgroup(page, number + part, wide[part]), at, q, own);
+    float factor = 1.0f;
+    if constexpr (SMALL_METADATA) factor = half_to_float((u16)(page.supers[(number + part) / SUBGROUPS] & 0xffffu));
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const float norm = norm_of(stage, 32 * at.warp + 16 * t + 8 * half + at.row);
-      logits[t][2 * half] *= norm, logits[t][2 * half + 1] *= norm;
+    for (int i = 0; i < 4; i++) {
+      const float norm = norm_of(page, 32 * (number + part) + 8 * i + at.row) * factor;
+      logits[2 * part + i / 2][i % 2 * 2] = own[i / 2][i % 2 * 2] * norm;
+      logits[2 * part + i / 2][i % 2 * 2 + 1] = own[i / 2][i % 2 * 2 + 1] * norm;
     }
+  }
+  float unit[2] = {q.unit[0], q.unit[1]};
 #if OKV_SOFTCAP
   if (a.softcap > 0.0f) {
 #pragma unroll
-    for (int t = 0; t < 2; t++)
+    for (int t = 0; t < 2 * PARTS; t++)
 #pragma unroll
       for (int i = 0; i < 4; i++) logits[t][i] = soft_cap(logits[t][i] * unit[i & 1], a.softcap) * LOG2_E;
     unit[0] = unit[1] = 1.0f;
   }
 #endif
-  if (token < seen.inner_first || token + 32 > seen.inner_end)
+  if (token < seen.inner_first || token + 32 * PARTS > seen.inner_end)
 #pragma unroll
     for (int c = 0; c < 2; c++) {
       const int column = 2 * at.pair + c, own = token + at.row;
       const u32 before = own - shared.first[column], count = shared.end[column] - shared.first[column];
 #pragma unroll
-      for (int t = 0; t < 2; t++)
+      for (int t = 0; t < 2 * PARTS; t++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           float &logit = logits[t][2 * half + c];
           logit = before + (16 * t + 8 * half) < count ? logit : bits_to_float(HIDDEN);
         }
     }
-  half2 p[4];
+  half2 p[4 * PARTS];
   running.take(logits, unit, p, P_EXPONENT);
-  take_values(record, subgroup, of, at, p, running);
+#pragma unroll
+  for (int part = 0; part < PARTS; part++)
+    if (part == 0 || token + 32 * part < seen.end)  // behind the end there may be no record, and 0 times anything
+      take_values(Subgroup(page, number + part, wide[part]), at, p + 4 * part, running);
 }
 
 // The share of the pages that belongs to one split.
 OKV_DEVICE void take_packed(const Arguments &a, const Place &at, Shared &shared, Running &running) {
-  const Seen seen(shared);
+  Seen seen(shared);
   const int first_page = seen.first < seen.end ? seen.first / PAGE_TOKENS : 0;
   const int pages = (seen.end + PAGE_TOKENS - 1) / PAGE_TOKENS - first_page;
   const int share = (pages + a.packed_splits - 1) / a.packed_splits;
   const int first = first_page + at.split(a) * share;
   const int end = first + share < first_page + pages ? first + share : first_page + pages;
+  const int steps = end > first ? (end - first + STEP_PAGES - 1) / STEP_PAGES : 0;
+  seen.end = seen.end < end * PAGE_TOKENS ? seen.end : end * PAGE_TOKENS;
   Ring ring(a, at, shared, first, end);
   Queries q(shared, at, a.scale);
   const float unit = power(-UNIT_EXPONENT) * (OKV_SOFTCAP && a.softcap > 0.0f ? 1.0f : LOG2_E);
   q.unit[0] *= unit, q.unit[1] *= unit;
-  for (int i = 0; i < end - first;) {
-    const int chunk = i + SOURCES / 2 < end - first ? i + SOURCES / 2 : end - first;
-    ring.find(at, i + SOURCES / 2);
+  int token = first * PAGE_TOKENS + at.warp * (32 * PARTS);
+  for (int i = 0; i < steps;) {
+    const int chunk = i + SOURCES / 2 / STEP_PAGES < steps ? i + SOURCES / 2 / STEP_PAGES : steps;
+    ring.find(at, i * STEP_PAGES + SOURCES / 2);
 #pragma unroll 1
-    for (; i < chunk; i++) {
-      const Stage &stage = ring.page(i);
-      const int token = (first + i) * PAGE_TOKENS + 32 * at.warp;
-      if (token < seen.end && token + 32 > seen.first) take_tokens(a, shared, stage, at, q, seen, token, running);
+    for (; i < chunk; i++, token += STEP_PAGES * PAGE_TOKENS) {
+      const Page *read = ring.pages(i);
+      if (token < seen.end && token + 32 * PARTS > seen.first) take_tokens(a, shared, read, at, q, seen, token, running);
       ring.advance();
     }
   }

@@ -8,11 +8,12 @@ struct Ring {
   const Arguments &a;
   Shared &shared;
   const i64 first;  // of this block, in the table
-  const int count;
-  int stage = 0, parity = 0;  // of the page that is read
+  const int count;  // pages
+  int stage = 0, parity = 0;  // of the step that is read
 
   OKV_DEVICE Ring(const Arguments &arguments, const Place &at, Shared &memory, int start, int end)
       : a(arguments), shared(memory), first((i64)at.batch * a.table_width + start), count(end - start) {
+    static_assert(STEP_PAGES <= 2);
 #if OKV_BULK
     if (thread() == 0) {
 #pragma unroll
@@ -41,40 +42,54 @@ struct Ring {
                                    from.supers + of_head * SUPER_BYTES};
   }
 
-  // Begin to copy page i into a stage that nobody reads any more. All threads call this.
+  // Begin to copy the pages of step i into a stage that nobody reads any more. All threads call this.
   OKV_DEVICE void copy(int i, int stage) {
-    const Source from = shared.sources[(u32)i % SOURCES];
-    Stage &to = shared.stages[stage];
 #if OKV_BULK
-    if (i < count && thread() < 32 && elected()) {
+    if (has(i, 0) && thread() < 32 && elected()) {
       u64 *arrivals = &shared.arrivals[stage];
-      arrivals_expect(arrivals, PAGE_BYTES + PAGE_TOKENS * NORM_BYTES + (SUPER_BYTES == 16 ? 16 : 0));
-      copy_bulk(to.page, from.page, PAGE_BYTES, arrivals);
-      if (NORM_BYTES) copy_bulk(to.norms, from.norms, PAGE_TOKENS * NORM_BYTES, arrivals);
-      if (SUPER_BYTES == 16) copy_bulk(to.supers, from.supers, 16, arrivals);
-    }
-#else
-    if (i < count) {
-      for (int at = 16 * thread(); at < PAGE_BYTES; at += 16 * THREADS) copy_16(to.page + at, from.page + at);
-      if (16 * thread() < PAGE_TOKENS * NORM_BYTES) copy_16(to.norms + 16 * thread(), from.norms + 16 * thread());
-      if (SUPER_BYTES == 16 && thread() == 0) copy_16(to.supers, from.supers);
+      constexpr int BYTES = PAGE_BYTES + PAGE_TOKENS * NORM_BYTES + (SUPER_BYTES == 16 ? 16 : 0);
+      const bool whole = has(i, STEP_PAGES - 1);
+      arrivals_expect(arrivals, whole ? STEP_PAGES * BYTES : BYTES);
+#pragma unroll
+      for (int j = 0; j < STEP_PAGES; j++) {
+        if (j > 0 && !whole) break;
+        const Source &from = source(i * STEP_PAGES + j);
+        Page &to = shared.stages[stage].pages[j];
+        copy_bulk(to.records, from.records, PAGE_BYTES, arrivals);
+        if (NORM_BYTES) copy_bulk(to.norms, from.norms, PAGE_TOKENS * NORM_BYTES, arrivals);
+        if (SUPER_BYTES == 16) copy_bulk(to.supers, from.supers, 16, arrivals);
+      }
     }
 #endif
-    if (SUPER_BYTES % 16 && i < count && 4 * thread() < SUPER_BYTES)
-      copy_4(to.supers + thread(), from.supers + 4 * thread());
-    if (WORD_COPIES) copies_commit();
+    if (!WORD_COPIES) return;
+#pragma unroll
+    for (int j = 0; j < STEP_PAGES; j++) {
+      if (!has(i, j)) break;
+      const Source &from = source(i * STEP_PAGES + j);
+      Page &to = shared.stages[stage].pages[j];
+#if !OKV_BULK
+      for (int at = 16 * thread(); at < PAGE_BYTES; at += 16 * THREADS) copy_16(to.records + at, from.records + at);
+      if (16 * thread() < PAGE_TOKENS * NORM_BYTES) copy_16(to.norms + 16 * thread(), from.norms + 16 * thread());
+      if (SUPER_BYTES == 16 && thread() == 0) copy_16(to.supers, from.supers);
+#endif
+      if (SUPER_BYTES % 16 && 4 * thread() < SUPER_BYTES) copy_4(to.supers + thread(), from.supers + 4 * thread());
+    }
+    copies_commit();
   }
 
-  // The stage with page i, which has arrived.
-  OKV_DEVICE const Stage &page(int i) {
+  OKV_DEVICE bool has(int i, int j) const { return i * STEP_PAGES + j < count; }
+  OKV_DEVICE const Source &source(int page) const { return shared.sources[(u32)page % SOURCES]; }
+
+  // The pages of step i, which have arrived.
+  OKV_DEVICE const Page *pages(int i) {
     copy(i + STAGES - 1, stage ? stage - 1 : STAGES - 1);
 #if OKV_BULK
     arrivals_wait(&shared.arrivals[stage], parity);
 #endif
-    return shared.stages[stage];
+    return shared.stages[stage].pages;
   }
 
-  // Every thread is done with a page, and what each copied by itself for the next one is there for all.
+  // Every thread is done with a step, and what each copied by itself for the next one is there for all.
   OKV_DEVICE void settle() {
     if (WORD_COPIES) copies_wait<STAGES - 2>();
     barrier();

@@ -7,7 +7,7 @@ namespace occam {
 #ifndef OKV_STAGES
 #define OKV_STAGES 3
 #endif
-constexpr int STAGES = OKV_STAGES;  // pages in shared memory
+constexpr int STAGES = OKV_STAGES;  // steps in shared memory
 constexpr int ROW = WIDTH + 4;  // floats of a row in shared memory
 
 constexpr int SOURCES = 64;  // places of pages, found out 32 at a time
@@ -16,18 +16,22 @@ constexpr bool WORD_COPIES = !OKV_BULK || SUPER_BYTES % 16;
 
 // Where a page lies.
 struct Source {
-  const u8 *page, *norms, *supers;
+  const u8 *records, *norms, *supers;
 };
 
-// 8-bit metadata of a warp's 32 tokens, made as wide as 16-bit metadata is.
+// 8-bit metadata of 32 tokens, made as wide as 16-bit metadata is.
 struct Wide {
   half2 k_scale[WIDTH / 2], k_minimum[WIDTH / 2], v_scale[16 * V_GROUPS], v_minimum[16 * V_GROUPS];
 };
 
-struct Stage {
-  alignas(16) u8 page[PAGE_BYTES];
+struct Page {
+  alignas(16) u8 records[PAGE_BYTES];
   alignas(16) u8 norms[NORM_BYTES ? PAGE_TOKENS * NORM_BYTES : 16];
   alignas(16) u32 supers[4];
+};
+
+struct Stage {
+  Page pages[STEP_PAGES];
 };
 
 // The four warps' results, added up in a fixed order.
@@ -42,7 +46,7 @@ struct Shared {
     alignas(128) Stage stages[STAGES];
     Merge merge;
   };
-  alignas(16) u8 wide[SMALL_METADATA ? WARPS * sizeof(Wide) : 16];
+  alignas(16) u8 wide[SMALL_METADATA ? WARPS * PARTS * sizeof(Wide) : 16];
   alignas(16) float q[COLUMNS][ROW];  // rotated; later the result
   i64 position[COLUMNS];              // of the query, -1 for a pad, -2 for a column that is none
   int first[COLUMNS], end[COLUMNS];   // packed tokens that it sees
