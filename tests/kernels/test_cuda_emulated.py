@@ -14,7 +14,7 @@ from emulated_cuda import Emulated
 from occamkv import kernels
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import Format
-from occamkv.kernels import FullTokens, cuda
+from occamkv.kernels import FullTokens, blockwise, cuda
 from occamkv.kernels.cuda.attention import splits_for
 from occamkv.kernels.cuda.building import ARCHITECTURES
 from occamkv.kernels.cuda.call import MAX_PARTS, MAX_QUERIES
@@ -67,7 +67,7 @@ def some_method(rng: random.Random, head_dim: int, v_group: int) -> Method:
 
 
 def some_case(form: Method, head_dim: int, rng: random.Random) -> tuple[Case, dict[str, Any]]:
-    queries, heads, gqa = rng.randint(1, 8), rng.randint(1, 2), rng.choice((1, 2, 3, 7, 16))
+    queries, heads, gqa = rng.choice((*range(1, 9), 23)), rng.randint(1, 2), rng.choice((1, 2, 3, 7, 16))
     held = [
         Held(rng.randint(0, 4), rng.randint(0, 5), rng.randint(0, 127), rng.randint(0, queries))
         for _ in range(rng.randint(1, 3))
@@ -108,6 +108,19 @@ def test_the_order_of_blocks_changes_no_bit(order):
 def test_copies_in_bulk_change_no_bit():
     case = make_case(OSCAR, held=(Held(0, 40, 0),))
     assert torch.equal(case.attend(Emulated(bulk=True)), case.attend(Emulated()))
+
+
+@pytest.mark.parametrize(
+    ("queries", "gqa", "options"),
+    [(9, 1, {}), (17, 3, {"window": 30}), (40, 2, {"softcap": 4.0, "window": 150}), (MAX_QUERIES, 1, {})],
+    ids=str,
+)
+def test_chunks_longer_than_a_tile(queries, gqa, options, monkeypatch):
+    """Each query sees the tokens of the chunk up to its own; a row sees none, one is padded."""
+    monkeypatch.setattr(blockwise, "attend", None)
+    held = (Held(3, 5, 40, queries // 2), Held(0, 2, 100), Held(0, 0, 0, queries))
+    case = make_case(OSCAR, gqa=gqa, queries=queries, held=held)
+    case.check(Emulated(packed_splits=3), **options)
 
 
 @pytest.mark.parametrize("splits", [1, 3, 4, 9])

@@ -21,8 +21,13 @@ from occamkv.kernels.cuda.kernel import Call, Kernel
 COLUMNS = 8
 """Query rows that a block answers at a time."""
 
-MAX_QUERIES = 8
-"""Longer chunks are left to kernels that are made for them."""
+MAX_QUERIES = 64
+"""Longer chunks go through torch, block by block.
+
+Every 8 query rows of a KV head read all pages once more, mostly from the L2 cache: blocks that read the same pages for
+other rows follow each other. Torch reads and writes each value some dozens of times as float32, for any number of
+queries. By bytes both take as long at some hundreds of queries with 4 query heads per KV head; not measured on a GPU.
+"""
 
 MAX_PARTS = 4
 EVERYTHING = 2**62
