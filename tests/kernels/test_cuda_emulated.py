@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 import emulated_cuda
 from attention_truth import attention, relative_error
-from emulated_cuda import Emulated
+from emulated_cuda import Emulated, mutate
 from occamkv import kernels
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import Format
@@ -40,16 +39,6 @@ SHAPES = (
     (8, 32),
 )
 """Head_dim and V group."""
-
-
-def mutate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, old: str, new: str) -> None:
-    """Let the emulator build a source in which `file` says `new` for `old`."""
-    for path in emulated_cuda.NATIVE.iterdir():
-        text = path.read_text()
-        assert path.name != file or old in text
-        (tmp_path / path.name).write_text(text.replace(old, new) if path.name == file else text)
-    monkeypatch.setattr(emulated_cuda, "NATIVE", tmp_path)
-    monkeypatch.setattr(emulated_cuda, "build", emulated_cuda.build.__wrapped__)
 
 
 def some_method(rng: random.Random, head_dim: int, v_group: int) -> Method:
