@@ -19,7 +19,7 @@ SOURCES = Path(__file__).parent / "native"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What the kernel is compiled for in tests. Cards between two of them run the code of the lower one."""
 
-_COLUMNS, _WARPS, _SOURCES = 8, 4, 64  # as in native/layout.cuh and native/shared.cuh
+_COLUMNS, _WARPS, _SOURCES = 8, 4, 32  # as in native/layout.cuh and native/shared.cuh
 _SHARED_BYTES = {"sm_80": 164, "sm_90a": 228, "sm_100": 228}  # KiB of a processor; 100 on the others
 _SYSTEM_BYTES = 1024  # of each block
 

@@ -1,4 +1,5 @@
-// Attention over packed codes for decode steps and short chunks. Grid: splits x tiles, KV heads, sequences.
+// Attention over packed codes for decode steps and short chunks. Grid: splits x tiles, KV heads, sequences; the tiles of a
+// split are neighbours, since they read the same pages.
 #pragma once
 #include "combine.cuh"
 
@@ -9,7 +10,7 @@ typedef Shared Memory;
 
 OKV_DEVICE void run(const Given &a, Memory &shared) {
   const Place at;
-  load_queries(a, at, shared);
+  load_positions(a, at, shared);
   Running running;
   const bool packed = at.split(a) < a.packed_splits;
   if (packed) take_packed(a, at, shared, running);

@@ -104,7 +104,8 @@ OKV_DEVICE int full_channel(int tile, int row, int upper) {
   return 32 * (tile >> 1) + 8 * (row >> 1) + 4 * (tile & 1) + 2 * upper + (row & 1);
 }
 
-OKV_DEVICE void take_full(const Arguments &a, const Place &at, const Shared &shared, Running &running) {
+OKV_DEVICE void take_full(const Arguments &a, const Place &at, Shared &shared, Running &running) {
+  load_queries(a, at, shared);
   const FullQueries q(shared, at);
   const int splits = a.splits - a.packed_splits;
   int skipped = 0;  // tiles of earlier parts

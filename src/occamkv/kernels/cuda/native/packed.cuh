@@ -247,6 +247,7 @@ OKV_DEVICE void take_packed(const Arguments &a, const Place &at, Shared &shared,
   const int steps = end > first ? (end - first + STEP_PAGES - 1) / STEP_PAGES : 0;
   seen.end = seen.end < end * PAGE_TOKENS ? seen.end : end * PAGE_TOKENS;
   Ring ring(a, at, shared, first, end);
+  load_queries(a, at, shared);  // while the first pages come
   Queries q(shared, at, a.scale);
   const float unit = power(-UNIT_EXPONENT) * (OKV_SOFTCAP && a.softcap > 0.0f ? 1.0f : LOG2_E);
   q.unit[0] *= unit, q.unit[1] *= unit;

@@ -33,9 +33,13 @@ struct Ring {
     i += thread();
     if (thread() >= SOURCES / 2 || i >= count) return;
     const i64 number = a.table[first + i];
-    int slab = a.slab_count - 1;
+    int slab = 0;
 #pragma unroll 1
-    while (a.slabs[slab].start > number) slab--;
+    for (int end = a.slab_count; end - slab > 1;) {
+      const int middle = (slab + end) / 2;
+      if (a.slabs[middle].start <= number) slab = middle;
+      else end = middle;
+    }
     const Slab from = a.slabs[slab];
     const i64 local = number - from.start, of_head = local * a.kv_heads + at.head;
     shared.sources[(u32)i % SOURCES] = {from.records + of_head * PAGE_BYTES, from.norms + local * (PAGE_TOKENS * NORM_BYTES),

@@ -10,7 +10,7 @@ namespace occam {
 constexpr int STAGES = OKV_STAGES;  // steps in shared memory
 constexpr int ROW = WIDTH + 4;  // floats of a row in shared memory
 
-constexpr int SOURCES = 64;  // places of pages, found out 32 at a time
+constexpr int SOURCES = 32;  // places of pages, found out 16 at a time
 constexpr int SUPER_BYTES = SMALL_METADATA ? 4 * RECORDS : 0;
 constexpr bool WORD_COPIES = !OKV_BULK || SUPER_BYTES % 16;
 
@@ -126,7 +126,7 @@ OKV_DEVICE int tokens_up_to(const Arguments &a, int batch, i64 at) {
   return (int)(count < 0 ? 0 : count > length ? length : count);
 }
 
-// Bring 8 query rows into cache space and find out what each sees.
+// Bring 8 query rows into cache space.
 OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared) {
 #pragma unroll 1
   for (int i = thread(); i < COLUMNS * WIDTH; i += THREADS) {
@@ -139,6 +139,12 @@ OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared
     }
     shared.q[column][d] = x;
   }
+  barrier();
+  if (a.hadamard_block) hadamard(shared.q, a.hadamard_block);
+}
+
+// Find out what 8 query rows see.
+OKV_DEVICE void load_positions(const Arguments &a, const Place &at, Shared &shared) {
   if (thread() < COLUMNS) {
     const int column = thread();
     i64 position = -2;
@@ -154,7 +160,6 @@ OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared
     shared.first[column] = first, shared.end[column] = end;
   }
   barrier();
-  if (a.hadamard_block) hadamard(shared.q, a.hadamard_block);
 }
 
 // The exponent that brings a row whose largest value is `largest` below 2 ** Q_EXPONENT.
