@@ -147,6 +147,11 @@ OKV_DEVICE void fence() {}
 OKV_DEVICE u32 count_up(u32 *counter) { return (*counter)++; }
 OKV_DEVICE float load_fresh(const float *x) { return *x; }
 
+OKV_DEVICE void load_fresh_4(float (&to)[4], const float *from) {
+  if ((u64)from % 16) emulator::fail("a load is not aligned");
+  memcpy(to, from, 16);
+}
+
 OKV_DEVICE void copy_16(void *to, const void *from) {
   if ((u64)to % 16 || (u64)from % 16) emulator::fail("a copy is not aligned");
   emulator::enqueue({to, from, 16});

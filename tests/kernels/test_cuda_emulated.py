@@ -112,7 +112,7 @@ def test_chunks_longer_than_a_tile(queries, gqa, options, monkeypatch):
     case.check(Emulated(packed_splits=3), **options)
 
 
-@pytest.mark.parametrize("splits", [1, 3, 4, 9])
+@pytest.mark.parametrize("splits", [1, 3, 4, 9, 70])
 def test_any_number_of_splits(splits):
     case = make_case(OSCAR, gqa=2, held=(Held(0, 20, 5), Held(0, 0, 9)))
     assert relative_error(case.attend(Emulated(packed_splits=splits)), case.attend(Emulated(packed_splits=2))) < 3e-4

@@ -53,6 +53,7 @@ OKV_DEVICE void add_warps(const Arguments &a, const Place &at, Shared &shared) {
 #pragma unroll 1
   for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
     const int column = i / HEAD_DIM, d = i % HEAD_DIM;
+    if (!at.is_row(a, column)) break;
     float largest = LOWEST, sum = 0.0f, weight = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, merge.largest[w][column]);
@@ -88,21 +89,62 @@ OKV_DEVICE bool is_last(const Arguments &a, const Place &at, Shared &shared) {
   return shared.is_last;
 }
 
+// Add up the splits into `shared.q`. Threads share a column's splits for what is one number per split, and take whole runs
+// of channels for the sums, so that many loads are on their way at once: one block does this while all others are done.
 OKV_DEVICE void add_splits(const Arguments &a, const Place &at, Shared &shared) {
-#pragma unroll 1
-  for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
-    const int column = i / HEAD_DIM, d = i % HEAD_DIM;
-    float largest = LOWEST, sum = 0.0f, weight = 0.0f;
-    for (int split = 0; split < a.splits; split++)
-      largest = fmaxf(largest, load_fresh(partial_softmax(a, at, split) + 2 * column));
-    for (int split = 0; split < a.splits; split++) {
-      const float *softmax = partial_softmax(a, at, split) + 2 * column;
+  constexpr int STEP = THREADS / COLUMNS, RUNS = (COLUMNS * HEAD_DIM / 4 + THREADS - 1) / THREADS;
+  Shares &shares = shared.shares;
+  const int own = thread() % COLUMNS;
+  float largest = LOWEST, weight = 0.0f, sums[RUNS][4] = {};
+  for (int split = thread() / COLUMNS; split < a.splits; split += STEP)
+    largest = fmaxf(largest, load_fresh(partial_softmax(a, at, split) + 2 * own));
+  largest = fmaxf(largest, shuffle_xor(largest, 8));
+  largest = fmaxf(largest, shuffle_xor(largest, 16));
+  if (at.lane < COLUMNS) shares.of_warp[at.warp][own] = largest;
+  barrier();
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, shares.of_warp[w][own]);
+  const int left = at.group_rows(a) - COLUMNS * at.tile(a), runs = (left < COLUMNS ? left : COLUMNS) * HEAD_DIM / 4;
+  for (int first = 0; first < a.splits; first += SHARES) {
+    const int count = a.splits - first < SHARES ? a.splits - first : SHARES;
+    for (int i = thread() / COLUMNS; i < count; i += STEP) {
+      const float *softmax = partial_softmax(a, at, first + i) + 2 * own;
       const float share = power_of_two(load_fresh(softmax) - largest);
-      sum += load_fresh(partial_sums(a, at, split) + i) * share;
       weight += load_fresh(softmax + 1) * share;
+      shares.of[i][own] = share;
     }
-    shared.q[column][d] = sum;
-    if (d == 0) shared.largest[column] = largest, shared.weight[column] = weight;
+    barrier();
+#pragma unroll
+    for (int k = 0; k < RUNS; k++) {
+      const int run = thread() + THREADS * k;
+      if (run >= runs) break;
+      const float *from = partial_sums(a, at, first) + 4 * run;
+#pragma unroll 8
+      for (int i = 0; i < count; i++) {
+        float x[4];
+        load_fresh_4(x, from + i * (COLUMNS * HEAD_DIM));
+#pragma unroll
+        for (int j = 0; j < 4; j++) sums[k][j] += x[j] * shares.of[i][4 * run / HEAD_DIM];
+      }
+    }
+    barrier();
+  }
+  weight += shuffle_xor(weight, 8);
+  weight += shuffle_xor(weight, 16);
+  if (at.lane < COLUMNS) shares.of_warp[at.warp][own] = weight;
+#pragma unroll
+  for (int k = 0; k < RUNS; k++) {
+    const int run = thread() + THREADS * k;
+    if (run < runs)
+#pragma unroll
+      for (int j = 0; j < 4; j++) shared.q[4 * run / HEAD_DIM][4 * run % HEAD_DIM + j] = sums[k][j];
+  }
+  barrier();
+  if (thread() < COLUMNS) {
+    weight = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) weight += shares.of_warp[w][own];
+    shared.largest[own] = largest, shared.weight[own] = weight;
   }
   barrier();
 }

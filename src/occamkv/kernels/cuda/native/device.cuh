@@ -128,6 +128,11 @@ OKV_DEVICE void fence() { __threadfence(); }
 OKV_DEVICE u32 count_up(u32 *counter) { return atomicAdd(counter, 1u); }
 OKV_DEVICE float load_fresh(const float *x) { return __ldcg(x); }
 
+OKV_DEVICE void load_fresh_4(float (&to)[4], const float *from) {
+  const float4 x = __ldcg((const float4 *)from);
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+
 OKV_DEVICE u32 shared_address(const void *x) { return (u32)__cvta_generic_to_shared(x); }
 
 // Copies from global to shared memory that go on in the background, in groups.

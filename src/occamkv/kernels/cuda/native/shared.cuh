@@ -41,10 +41,17 @@ struct Merge {
   float minimums[WARPS][8][COLUMNS];  // of V groups
 };
 
+// What share the splits of a row have in its sum, some of them at a time.
+constexpr int SHARES = 64;
+struct Shares {
+  float of[SHARES][COLUMNS], of_warp[WARPS][COLUMNS];
+};
+
 struct Shared {
   union {
     alignas(128) Stage stages[STAGES];
     Merge merge;
+    Shares shares;
   };
   alignas(16) u8 wide[SMALL_METADATA ? WARPS * PARTS * sizeof(Wide) : 16];
   alignas(16) float q[COLUMNS][ROW];  // rotated; later the result
@@ -97,10 +104,11 @@ OKV_DEVICE void hadamard(float (&rows)[COLUMNS][ROW], int block) {
   constexpr int PAIRS = HEAD_DIM / 2;
   float factor = 1.0f;
 #pragma unroll 1
-  for (int half = 1; half < block; half *= 2) {
+  for (int bit = 0; 1 << bit < block; bit++) {
+    const int half = 1 << bit;
 #pragma unroll 1
     for (int i = thread(); i < COLUMNS * PAIRS; i += THREADS) {
-      const int j = i % PAIRS, at = j / half * 2 * half + j % half;
+      const int j = i % PAIRS, at = (j >> bit << (bit + 1)) + (j & (half - 1));
       float *x = &rows[i / PAIRS][at];
       const float first = x[0], second = x[half];
       x[0] = first + second, x[half] = first - second;
