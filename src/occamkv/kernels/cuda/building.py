@@ -98,7 +98,7 @@ def attend_bytes(format: Format, head_dim: int, *, stages: int) -> int:
     ring = -(-max(stages * pages * page, merge) // 128) * 128
     groups = channel_groups(head_dim, format.v_group)
     wide = 4 * (width + 32 * groups) * _WARPS * pages if format.metadata_bits == 8 else 16
-    columns = _COLUMNS * (row + 8 + 4 * 4)
+    columns = _COLUMNS * (row + 8 + 6 * 4)
     return -(-(ring + wide + columns + _SOURCES * 24 + 8 * stages + 4) // 128) * 128
 
 

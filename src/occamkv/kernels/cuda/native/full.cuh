@@ -121,7 +121,8 @@ OKV_DEVICE void take_full(const Arguments &a, const Place &at, Shared &shared, R
       for (int c = 0; c < 2; c++) {
         const int column = 2 * at.pair + c;
         const i64 own_position = shared.position[column];
-        const float added = part.logit_bias && at.is_row(a, column) ? part.logit_bias[at.query_head(a, column)] : 0.0f;
+        const int query_head = shared.query_head[column];
+        const float added = part.logit_bias && query_head >= 0 ? part.logit_bias[query_head] : 0.0f;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           float &logit = logits[0][2 * half + c];

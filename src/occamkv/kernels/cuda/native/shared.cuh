@@ -57,6 +57,7 @@ struct Shared {
   alignas(16) float q[COLUMNS][ROW];  // rotated; later the result
   i64 position[COLUMNS];              // of the query, -1 for a pad, -2 for a column that is none
   int first[COLUMNS], end[COLUMNS];   // packed tokens that it sees
+  int query_head[COLUMNS], query[COLUMNS];  // -1 for a column that is none
   float largest[COLUMNS], weight[COLUMNS];
   Source sources[SOURCES];
   u64 arrivals[STAGES];
@@ -75,13 +76,6 @@ struct Place {
   OKV_DEVICE int split(const Arguments &a) const { return block_x() / a.tiles; }
 
   OKV_DEVICE int group_rows(const Arguments &a) const { return a.query_heads / a.kv_heads * a.queries; }
-  OKV_DEVICE bool is_row(const Arguments &a, int column) const { return COLUMNS * tile(a) + column < group_rows(a); }
-
-  OKV_DEVICE int query_head(const Arguments &a, int column) const {
-    return head * (a.query_heads / a.kv_heads) + (COLUMNS * tile(a) + column) / a.queries;
-  }
-
-  OKV_DEVICE int query(const Arguments &a, int column) const { return (COLUMNS * tile(a) + column) % a.queries; }
 };
 
 OKV_DEVICE float load_float(const void *x, i64 index, int dtype) {
@@ -138,10 +132,10 @@ OKV_DEVICE int tokens_up_to(const Arguments &a, int batch, i64 at) {
 OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared) {
 #pragma unroll 1
   for (int i = thread(); i < COLUMNS * WIDTH; i += THREADS) {
-    const int column = i / WIDTH, d = i % WIDTH;
+    const int column = i / WIDTH, d = i % WIDTH, query_head = shared.query_head[column];
     float x = 0.0f;
-    if (at.is_row(a, column) && d < HEAD_DIM) {
-      const i64 row = at.batch * a.q_batch + at.query_head(a, column) * a.q_head + at.query(a, column) * a.q_token;
+    if (query_head >= 0 && d < HEAD_DIM) {
+      const i64 row = at.batch * a.q_batch + query_head * a.q_head + shared.query[column] * a.q_token;
       x = load_float(a.q, row + d, a.q_dtype);
       if (a.balance) x /= a.balance[at.head * HEAD_DIM + d];
     }
@@ -151,14 +145,16 @@ OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared
   if (a.hadamard_block) hadamard(shared.q, a.hadamard_block);
 }
 
-// Find out what 8 query rows see.
+// Find out which 8 query rows there are and what they see; before all else.
 OKV_DEVICE void load_positions(const Arguments &a, const Place &at, Shared &shared) {
   if (thread() < COLUMNS) {
-    const int column = thread();
+    const int column = thread(), row = COLUMNS * at.tile(a) + column;
+    const int query = row % a.queries;
     i64 position = -2;
-    int first = 0, end = 0;
-    if (at.is_row(a, column)) {
-      position = a.q_positions[(i64)at.batch * a.queries + at.query(a, column)];
+    int first = 0, end = 0, query_head = -1;
+    if (row < at.group_rows(a)) {
+      query_head = at.head * (a.query_heads / a.kv_heads) + row / a.queries;
+      position = a.q_positions[(i64)at.batch * a.queries + query];
       if (position >= 0 && a.lengths) {
         end = tokens_up_to(a, at.batch, position);
         first = position >= a.window ? tokens_up_to(a, at.batch, position - a.window) : 0;
@@ -166,6 +162,7 @@ OKV_DEVICE void load_positions(const Arguments &a, const Place &at, Shared &shar
     }
     shared.position[column] = position;
     shared.first[column] = first, shared.end[column] = end;
+    shared.query_head[column] = query_head, shared.query[column] = query;
   }
   barrier();
 }
