@@ -143,6 +143,8 @@ OKV_DEVICE void store(void *to, const u32 *from) {
 
 OKV_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 OKV_DEVICE void raise_flags(u32 *flags, u32 bits) { *flags |= bits; }
+OKV_DEVICE void warp_barrier() { emulator::meet({}); }
+OKV_DEVICE bool elected() { return emulator::meet({}) && (thread() & 31) == 0; }
 
 OKV_DEVICE void fence() {}
 OKV_DEVICE u32 count_up(u32 *counter) { return (*counter)++; }

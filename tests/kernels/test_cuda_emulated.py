@@ -9,16 +9,16 @@ import torch
 
 import emulated_cuda
 from attention_truth import attention, relative_error
-from emulated_cuda import Emulated
+from emulated_cuda import Emulated, mutated
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import Format
-from occamkv.kernels import FullTokens, cuda
+from occamkv.kernels import FullTokens, blockwise, cuda
 from occamkv.kernels.cuda.attention import splits_for
 from occamkv.kernels.cuda.building import ARCHITECTURES
 from occamkv.kernels.cuda.call import MAX_PARTS, MAX_QUERIES
 from occamkv.kernels.cuda.launching import architecture_of
 from occamkv.methods import Method
-from scattered_pages import scatter
+from scattered_pages import clone_slabs, fill_behind, page_at, scatter
 from some_attention import METHODS, RAGGED, Case, Held, make_case, pack, unpacked
 
 pytestmark = pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
@@ -55,7 +55,7 @@ def some_method(rng: random.Random, head_dim: int, v_group: int) -> Method:
 
 
 def some_case(form: Method, head_dim: int, rng: random.Random) -> tuple[Case, dict[str, Any]]:
-    queries, heads, gqa = rng.randint(1, 8), rng.randint(1, 2), rng.choice((1, 2, 3, 7, 16))
+    queries, heads, gqa = rng.choice((*range(1, 9), 23)), rng.randint(1, 2), rng.choice((1, 2, 3, 7, 16))
     held = [
         Held(rng.randint(0, 4), rng.randint(0, 5), rng.randint(0, 127), rng.randint(0, queries))
         for _ in range(rng.randint(1, 3))
@@ -98,7 +98,20 @@ def test_copies_in_bulk_change_no_bit():
     assert torch.equal(case.attend(Emulated(bulk=True)), case.attend(Emulated()))
 
 
-@pytest.mark.parametrize("splits", [1, 3, 4, 9])
+@pytest.mark.parametrize(
+    ("queries", "gqa", "options"),
+    [(9, 1, {}), (17, 3, {"window": 30}), (40, 2, {"softcap": 4.0, "window": 150}), (MAX_QUERIES, 1, {})],
+    ids=str,
+)
+def test_chunks_longer_than_a_tile(queries, gqa, options, monkeypatch):
+    """Each query sees the tokens of the chunk up to its own; a row sees none, one is padded."""
+    monkeypatch.setattr(blockwise, "attend", None)
+    held = (Held(3, 5, 40, queries // 2), Held(0, 2, 100), Held(0, 0, 0, queries))
+    case = make_case(OSCAR, gqa=gqa, queries=queries, held=held)
+    case.check(Emulated(packed_splits=3), **options)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 4, 9, 70])
 def test_any_number_of_splits(splits):
     case = make_case(OSCAR, gqa=2, held=(Held(0, 20, 5), Held(0, 0, 9)))
     assert relative_error(case.attend(Emulated(packed_splits=splits)), case.attend(Emulated(packed_splits=2))) < 3e-4
@@ -251,10 +264,10 @@ MUTATIONS = {
     "third bits of the other tile": ("codes.cuh", "tile ? third << 1 : third >> 7", "tile ? third >> 7 : third << 1"),
     "channels of scales exchanged": (
         "packed.cuh",
-        "multiply(q[k], scales[k])",
-        "multiply(q[k], scales[k ^ 1])",
+        "multiply(q[k], scale.of[k])",
+        "multiply(q[k], scale.of[k ^ 1])",
     ),
-    "the norm of the next token": ("packed.cuh", "16 * t + 8 * half + at.row)", "16 * t + 8 * half + (at.row ^ 1))"),
+    "the norm of the next token": ("packed.cuh", "8 * i + at.row)", "8 * i + (at.row ^ 1))"),
     "a length one too long": ("shared.cuh", "count > length ? length : count", "count > length ? length : count + 1"),
     "a window one too long": (
         "shared.cuh",
@@ -264,20 +277,44 @@ MUTATIONS = {
     "no minimum of V": ("combine.cuh", "tile & 1, upper)) + minimum)", "tile & 1, upper)))"),
     "sums not shrunk": ("softmax.cuh", "sums[i][c + 2] *= shrink", "sums[i][c + 2] *= 1.0f"),
     "copies not waited for": ("ring.cuh", "copies_wait<STAGES - 2>();", ""),
-    "a page copied too early": ("ring.cuh", "copy(i + STAGES - 1);", "copy(i + STAGES);"),
+    "a page copied too early": ("ring.cuh", "copy(i + STAGES - 1,", "copy(i + STAGES,"),
     "a split left out": ("combine.cuh", "== (u32)a.splits - 1", "== (u32)a.splits - 2"),
 }
+IN_BYTES = {
+    "minimums of K exchanged": ("codes.cuh", "k_minimum[2] = ", "k_minimum[1] = "),
+    "no factor of V": ("codes.cuh", "both((page.supers[record] >> 16)", "both(0 * (page.supers[record] >> 16)"),
+    "a page of the next split": ("packed.cuh", "seen.end < end * PAGE_TOKENS ? seen.end :", "true ? seen.end :"),
+    "the second page not found": ("ring.cuh", "source(i * STEP_PAGES + j)", "source(i * STEP_PAGES)"),
+}
+"""With 8-bit metadata, and two pages at a time."""
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("what", MUTATIONS)
+@pytest.mark.parametrize("what", [*MUTATIONS, *IN_BYTES])
 def test_twin_a_wrong_kernel_is_noticed(what, monkeypatch, tmp_path):
-    form = Method("oscar", Format(k_bits=3, v_bits=2, token_scale=True))
-    case = make_case(form, held=(Held(2, 25, 20), Held(1, 3, 127)), gqa=2)
-    case.check(Emulated(packed_splits=1), window=90)
-    with emulated_cuda.mutated(monkeypatch, tmp_path, *MUTATIONS[what]), pytest.raises(AssertionError):
-        case.check(Emulated(packed_splits=1), window=90)
-        case.check(Emulated(packed_splits=1))
+    changed = {"k_bits": 3} if what in MUTATIONS else {"metadata_bits": 8}
+    case = make_case(
+        Method("oscar", Format(token_scale=True, **changed)), held=(Held(2, 25, 20), Held(1, 3, 127)), gqa=2
+    )
+    backend = Emulated(packed_splits=1 if what in MUTATIONS else 3)
+    case.check(backend, window=90)
+    case.check(backend)
+    with mutated(monkeypatch, tmp_path, *(MUTATIONS | IN_BYTES)[what]), pytest.raises(AssertionError):
+        case.check(backend, window=90)
+        case.check(backend)
+
+
+@pytest.mark.emulator
+def test_twin_a_record_that_is_none_is_noticed(monkeypatch, tmp_path):
+    case = make_case(Method("oscar", Format()), held=(Held(0, 3, 0),))
+    slabs = clone_slabs(case.packed)
+    slab, page = page_at(case.packed, 0, 0)
+    fill_behind(slabs[slab], page, 3)
+    spoiled = case.with_packed(slabs=slabs)
+    spoiled.check(Emulated())
+    wrong = ("packed.cuh", "part == 0 || token + 32 * part < seen.end", "true")
+    with mutated(monkeypatch, tmp_path, *wrong), pytest.raises(AssertionError):
+        spoiled.check(Emulated())
 
 
 def test_twin_another_order_of_bits_is_noticed(monkeypatch):

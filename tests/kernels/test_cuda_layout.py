@@ -97,6 +97,16 @@ def test_scales_whose_products_would_not_fit_are_refused(what):
         layout.check_range(data, records.super_scales, format=format, head_dim=64)
 
 
+def test_a_factor_of_v_that_no_encoder_makes_is_refused():
+    format = Format(metadata_bits=8)
+    k, v = keys_and_values(format, groups=1, heads=2, head_dim=64)
+    records = encode(k, v, format=format)
+    factors = records.super_scales.clone()
+    factors[..., 1] = 128
+    with pytest.raises(UnsupportedInput, match="largest scale of V"):
+        layout.check_range(records.data & 0x8F, factors, format=format, head_dim=64)
+
+
 @pytest.mark.parametrize(
     ("format", "told"),
     [

@@ -1,9 +1,11 @@
 """Attention on packed pages in native order: few queries in one launch, all else through torch, block by block."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from occamkv.formats.pages import CANONICAL, Pages
@@ -11,8 +13,11 @@ from occamkv.formats.records import decode_pages
 from occamkv.kernels import blockwise
 from occamkv.kernels.contract import FullTokens, PackedTokens
 from occamkv.kernels.cuda import launching, layout
-from occamkv.kernels.cuda.call import COLUMNS, MAX_PARTS, MAX_QUERIES, Options, prepare
+from occamkv.kernels.cuda.call import COLUMNS, MAX_PARTS, MAX_QUERIES, Options, check_places, prepare
 from occamkv.ops.rope import KeyBias
+
+CHECK_VARIABLE = "OCCAMKV_CHECK"
+"""Environment variable: block tables and lengths are read back and checked before every launch."""
 
 _BLOCKS_PER_PROCESSOR, _NARROW = 4, 128  # half as many where head_dim is wider than this: registers
 _PAGES_PER_BLOCK = 2  # at least, so that one is copied while another is read
@@ -38,11 +43,17 @@ def attend(
 ) -> Tensor:
     """Attend from q to packed and full-precision tokens at once; see `occamkv.kernels.blockwise.attend`.
 
+    Shapes, dtypes and devices are checked before every launch. Page numbers and lengths lie on the GPU, and reading
+    them back would make every step wait: the layer cache makes them from its own lists, and torch's route reads them
+    anyway. For tables of another origin set the environment variable `OCCAMKV_CHECK=1`: then they are read back and
+    checked before every launch that no graph captures. `layout.check_range` refuses records when they are made.
+
     Args beyond the contract:
         packed_splits: Blocks that share the pages of a sequence and KV head; default `splits_for` the GPU.
 
     Raises:
-        UnsupportedInput: Shapes, dtypes or devices do not fit together, or pages lie in another order.
+        UnsupportedInput: Shapes, dtypes or devices do not fit together, the table names pages that are not there, or
+            pages lie in another order.
     """
     for slab in () if packed is None else packed.slabs:
         slab.check_order(layout.ORDER)
@@ -76,9 +87,16 @@ def attend(
         options=Options(scale, window, softcap, sinks, hadamard_block, balance, rotate_output),
         packed_splits=packed_splits,
     )
+    if packed is not None and _reads_back(q.device):
+        check_places(packed)
     if out.numel():
         launching.launch(call)
     return out.to(q.dtype)
+
+
+def _reads_back(device: torch.device) -> bool:
+    """Return whether what lies on the device is checked, too."""
+    return device.type == "cpu" or (bool(os.environ.get(CHECK_VARIABLE)) and not launching.stream_of(device)[1])
 
 
 def splits_for(q: Tensor, packed: PackedTokens | None, processors: int) -> int:

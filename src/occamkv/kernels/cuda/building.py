@@ -19,7 +19,7 @@ SOURCES = Path(__file__).parent / "native"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What the kernel is compiled for in tests. Cards between two of them run the code of the lower one."""
 
-_COLUMNS, _WARPS = 8, 4  # as in native/layout.cuh and native/shared.cuh
+_COLUMNS, _WARPS, _SOURCES = 8, 4, 32  # as in native/layout.cuh and native/shared.cuh
 _SHARED_BYTES = {"sm_80": 164, "sm_90a": 228, "sm_100": 228}  # KiB of a processor; 100 on the others
 _SYSTEM_BYTES = 1024  # of each block
 
@@ -99,13 +99,16 @@ def compile_source(wanted: Build) -> tuple[bytes, str]:
 
 def attend_bytes(format: Format, head_dim: int, *, stages: int) -> int:
     """Return the bytes of shared memory of a block of the attend kernel, `Shared` of native/shared.cuh."""
-    row = 4 * (padded(head_dim) + 4)
-    page = format.page_records * format.sections(head_dim).record_bytes
-    stage = page + max(16, PAGE_TOKENS * format.norm_bytes) + 16
+    width = padded(head_dim)
+    row = 4 * (width + 4)
+    pages = 2 if width <= 64 and format.k_bits + format.v_bits == 4 else 1  # of a step
+    page = format.page_records * format.sections(head_dim).record_bytes + max(16, PAGE_TOKENS * format.norm_bytes) + 16
     merge = _WARPS * _COLUMNS * (row + 4 * 2 + 4 * 8)
-    ring = -(-max(stages * stage, merge) // 128) * 128
-    columns = _COLUMNS * (row + 8 + 4 * 4)
-    return -(-(ring + columns + 8 * stages + 4) // 128) * 128
+    ring = -(-max(stages * pages * page, merge) // 128) * 128
+    groups = channel_groups(head_dim, format.v_group)
+    wide = 4 * (width + 32 * groups) * _WARPS * pages if format.metadata_bits == 8 else 16
+    columns = _COLUMNS * (row + 8 + 6 * 4)
+    return -(-(ring + wide + columns + _SOURCES * 24 + 8 * stages + 4) // 128) * 128
 
 
 def packing_bytes(format: Format, head_dim: int) -> int:

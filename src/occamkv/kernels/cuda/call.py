@@ -16,13 +16,19 @@ from occamkv.formats.pages import Pages
 from occamkv.formats.records import pages_of
 from occamkv.kernels.checks import check_attend, check_lengths
 from occamkv.kernels.contract import FullTokens, PackedTokens
+from occamkv.kernels.cuda import launching
 from occamkv.kernels.cuda.kernel import Call, Kernel
 
 COLUMNS = 8
 """Query rows that a block answers at a time."""
 
-MAX_QUERIES = 8
-"""Longer chunks are left to kernels that are made for them."""
+MAX_QUERIES = 64
+"""Longer chunks go through torch, block by block.
+
+Every 8 query rows of a KV head read all pages once more, mostly from the L2 cache: blocks that read the same pages for
+other rows follow each other. Torch reads and writes each value some dozens of times as float32, for any number of
+queries. By bytes both take as long at some hundreds of queries with 4 query heads per KV head; not measured on a GPU.
+"""
 
 MAX_PARTS = 4
 EVERYTHING = 2**62
@@ -133,7 +139,7 @@ def prepare(
     several = rows * splits if splits > 1 else 0
     sums = torch.empty(several * COLUMNS * head_dim, dtype=torch.float32, device=q.device)
     softmax = torch.empty(several * COLUMNS * 2, dtype=torch.float32, device=q.device)
-    counters = torch.zeros(rows, dtype=torch.int32, device=q.device)
+    counters = _counters(1 << max(10, rows.bit_length()), q.device, launching.stream_of(q.device))
     keep += [q, out, sums, softmax, counters]
     arguments = Arguments(
         *(q.data_ptr(), *q.stride()[:3]),
@@ -188,6 +194,16 @@ def slab_table(slabs: Sequence[Pages], starts: Sequence[int], like: Tensor) -> T
         (start, *(_place(t, like) for t in _tensors(pages))) for start, pages in zip(starts, slabs, strict=True)
     )
     return _slab_table(table, like.device)
+
+
+@lru_cache(maxsize=256)
+def _counters(size: int, device: torch.device, stream: tuple[int, int]) -> Tensor:
+    """Return zeros, int32 `[size]`, for calls on one stream: each call leaves them as zeros for the next one.
+
+    A graph under capture has its own, so that it may run beside its stream's other calls; they are set to zero once in
+    it, by the first call that is captured.
+    """
+    return torch.zeros(size, dtype=torch.int32, device=device)
 
 
 def _full_splits(parts: Sequence[FullTokens]) -> int:
@@ -255,7 +271,15 @@ def _describe_packed(arguments: Arguments, packed: PackedTokens, q: Tensor, keep
 
 @lru_cache(maxsize=1024)
 def _slab_table(slabs: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Return `Slab` structs on the device; one table as long as the pool does not grow, so no step waits for a copy."""
+    """Return `Slab` structs on the device; one table as long as the pool does not grow, so no step waits for a copy.
+
+    Raises:
+        UnsupportedInput: A graph is captured: it could not hold the copy from the host.
+    """
+    if launching.stream_of(device)[1]:
+        raise UnsupportedInput(
+            "the pool of pages has grown since the last step; take a step before a graph is captured."
+        )
     return torch.tensor(slabs, dtype=torch.int64).to(device)
 
 

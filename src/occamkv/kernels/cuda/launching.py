@@ -56,11 +56,36 @@ def launch(call: Call) -> None:
         BackendUnavailable: The kernel cannot be compiled or loaded, or CUDA refuses the launch.
     """
     with torch.cuda.device(call.device):
+        _bind(torch.cuda.current_device())
         function, shared = _function(call.kernel, torch.cuda.current_device())
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))
         stream = torch.cuda.current_stream().cuda_stream
         address = ctypes.addressof(parameters)
         _check(_driver().cuLaunchKernel(function, *call.grid, THREADS, 1, 1, shared, stream, address, 0))
+
+
+def stream_of(device: torch.device) -> tuple[int, int]:
+    """Return torch's current stream on a device, and the number of the graph that it captures, 0 if it captures none.
+
+    Raises:
+        BackendUnavailable: CUDA does not tell.
+    """
+    if device.type != "cuda":
+        return 0, 0
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        if not torch.cuda.is_current_stream_capturing():
+            return stream, 0
+        told = _driver().cuStreamGetCaptureInfo(stream)
+    _check(told)
+    return stream, int(told[2])
+
+
+def _bind(index: int) -> None:
+    """Make torch's context that of this thread: a new thread has none until it asks CUDA's runtime for something."""
+    driver = _driver()
+    if not int(_check(driver.cuCtxGetCurrent())):
+        _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(index))))))
 
 
 @cache

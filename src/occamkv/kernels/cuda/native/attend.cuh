@@ -1,4 +1,5 @@
-// Attention over packed codes for decode steps and short chunks. Grid: splits x tiles, KV heads, sequences.
+// Attention over packed codes for decode steps and short chunks. Grid: splits x tiles, KV heads, sequences; the tiles of a
+// split are neighbours, since they read the same pages.
 #pragma once
 #include "combine.cuh"
 

@@ -1,6 +1,6 @@
 // Codes and metadata as the registers of the tensor core: one logical operation for two codes.
 #pragma once
-#include "layout.cuh"
+#include "shared.cuh"
 
 namespace occam {
 
@@ -95,29 +95,49 @@ OKV_DEVICE half2 centred(half2 minimum) {
   return multiply_add(minimum, two_to_the(EXPONENT), OFFSET);
 }
 
-// Scales (or minimums) of K for 32 channels, as lane p of four holds them: half2 k has channels 8 k + 2 p, + 1.
-struct KMetadata {
-  u32 words[SMALL_METADATA ? 2 : 4];
+// Scales (or minimums) of K for 32 channels, as lane p of four holds them: half2 k has channels 8 k + 2 p, + 1. Of V the
+// same for 32 tokens and one group: half2 k has tokens 8 k + 2 p, + 1.
+struct Metadata {
+  half2 of[4];
 
-  OKV_DEVICE void read(const u8 *section, int block, int p) {
-    if constexpr (SMALL_METADATA) load<2>(words, section + 32 * block + 8 * p);
-    else load<4>(words, section + 64 * block + 16 * p);
-  }
-
-  template <int K>
-  OKV_DEVICE half2 scale() const {
-    if constexpr (SMALL_METADATA) return small_scale<K & 1>(words[K >> 1]);
-    else return words[K];
-  }
-
-  template <int K>
-  OKV_DEVICE half2 minimum() const {
-    if constexpr (SMALL_METADATA) return small_minimum<K & 1>(words[K >> 1]);
-    else return words[K];
-  }
+  OKV_DEVICE Metadata(const void *section, int block, int p) { load<4>(of, (const u8 *)section + 64 * block + 16 * p); }
 };
 
-// The same of V for 32 tokens and one group: half2 k has tokens 8 k + 2 p, + 1.
-typedef KMetadata VMetadata;
+OKV_DEVICE void store_pair(u32 *to, u32 first, u32 second) {
+  const u32 words[2] = {first, second};
+  store<2>(to, words);
+}
+
+// Make 8-bit metadata of a warp's tokens, from subgroup `number` of a page on, as wide as 16-bit metadata is, all lanes
+// together. Then scales of K are 1 / 256 of what they were, without the record's factor, and minimums of K are in units of
+// scale / 16, times 2 ** code_shift of step 0.
+OKV_DEVICE void widen(const Page &page, int number, int lane, Wide *to) {
+  constexpr int K_WORDS = WIDTH / 4, V_WORDS = 8 * V_GROUPS;
+  warp_barrier();
+#pragma unroll
+  for (int i = lane; i < PARTS * K_WORDS; i += 32) {
+    const int part = i / K_WORDS, word = i % K_WORDS;
+    const u8 *from = page.records + (number + part) / SUBGROUPS * RECORD_BYTES + 4 * word;
+    u32 scale, minimum;
+    load<1>(&scale, from + K_SCALE), load<1>(&minimum, from + K_MINIMUM);
+    store_pair(to[part].k_scale + 2 * word, small_scale<0>(scale), small_scale<1>(scale));
+    half2 *k_minimum = to[part].k_minimum + word / 2 * 4 + word % 2;  // half2 0, 2, 1, 3: the order of a tile's factor
+    k_minimum[0] = centred<code_shift(K_BITS, 0, 0)>(small_minimum<0>(minimum));
+    k_minimum[2] = centred<code_shift(K_BITS, 0, 1)>(small_minimum<1>(minimum));
+  }
+#pragma unroll
+  for (int i = lane; i < PARTS * V_WORDS; i += 32) {
+    const int part = i / V_WORDS, word = i % V_WORDS, record = (number + part) / SUBGROUPS;
+    const u8 *from = page.records + record * RECORD_BYTES + (number + part) % SUBGROUPS * V_SUBGROUP_META + 4 * word;
+    const half2 v_super = both((page.supers[record] >> 16) + ((u32)SCALE_EXPONENT << 10));  // a power of two
+    u32 scale, minimum;
+    load<1>(&scale, from + V_SCALE), load<1>(&minimum, from + V_MINIMUM);
+    const half2 first = multiply(small_scale<0>(scale), v_super), second = multiply(small_scale<1>(scale), v_super);
+    store_pair(to[part].v_scale + 2 * word, first, second);
+    store_pair(to[part].v_minimum + 2 * word, multiply(centred<-4>(small_minimum<0>(minimum)), first),
+               multiply(centred<-4>(small_minimum<1>(minimum)), second));
+  }
+  warp_barrier();
+}
 
 }  // namespace occam

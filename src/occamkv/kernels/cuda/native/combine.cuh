@@ -19,7 +19,7 @@ OKV_DEVICE void leave(const Place &at, bool packed, Running &running, Merge &mer
     merge.minimums[at.warp][at.row][column] = running.others[c];
   }
   barrier();
-  const float unit = power(SCALE_EXPONENT - P_EXPONENT);
+  const float unit = power(-P_EXPONENT);
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -37,23 +37,28 @@ OKV_DEVICE void leave(const Place &at, bool packed, Running &running, Merge &mer
   barrier();
 }
 
-OKV_DEVICE float *partial_sums(const Arguments &a, const Place &at, int split) {
-  const i64 row = ((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a);
-  return a.partial_sums + (row * a.splits + split) * (COLUMNS * HEAD_DIM);
-}
+// Where the splits of this block's rows leave their sums, and largest logits and weights.
+struct Partial {
+  float *sums, *softmax;
+  u32 *counter;
 
-OKV_DEVICE float *partial_softmax(const Arguments &a, const Place &at, int split) {
-  const i64 row = ((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a);
-  return a.partial_softmax + (row * a.splits + split) * (COLUMNS * 2);
-}
+  OKV_DEVICE Partial(const Arguments &a, const Place &at) {
+    const i64 row = ((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a);
+    sums = a.partial_sums + row * a.splits * (COLUMNS * HEAD_DIM);
+    softmax = a.partial_softmax + row * a.splits * (COLUMNS * 2);
+    counter = a.counters + row;
+  }
+};
 
 // Add up the warps: into `shared.q` if there is one split, else into the memory of partial results.
 OKV_DEVICE void add_warps(const Arguments &a, const Place &at, Shared &shared) {
   const Merge &merge = shared.merge;
+  const Partial partial(a, at);
+  const int split = at.split(a);
 #pragma unroll 1
   for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
     const int column = i / HEAD_DIM, d = i % HEAD_DIM;
-    if (!at.is_row(a, column)) continue;
+    if (shared.query_head[column] < 0) break;
     float largest = LOWEST, sum = 0.0f, weight = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, merge.largest[w][column]);
@@ -67,8 +72,8 @@ OKV_DEVICE void add_warps(const Arguments &a, const Place &at, Shared &shared) {
       shared.q[column][d] = sum;
       if (d == 0) shared.largest[column] = largest, shared.weight[column] = weight;
     } else {
-      partial_sums(a, at, at.split(a))[i] = sum;
-      float *softmax = partial_softmax(a, at, at.split(a)) + 2 * column;
+      partial.sums[split * (COLUMNS * HEAD_DIM) + i] = sum;
+      float *softmax = partial.softmax + 2 * (split * COLUMNS + column);
       if (d == 0) softmax[0] = largest, softmax[1] = weight;
     }
   }
@@ -80,7 +85,7 @@ OKV_DEVICE bool is_last(const Arguments &a, const Place &at, Shared &shared) {
   fence();
   barrier();
   if (thread() == 0) {
-    u32 *counter = &a.counters[((i64)at.batch * a.kv_heads + at.head) * a.tiles + at.tile(a)];
+    u32 *counter = Partial(a, at).counter;
     shared.is_last = count_up(counter) == (u32)a.splits - 1;
     if (shared.is_last) *counter = 0;  // for the next call
   }
@@ -89,40 +94,63 @@ OKV_DEVICE bool is_last(const Arguments &a, const Place &at, Shared &shared) {
   return shared.is_last;
 }
 
-// Add up the splits into `shared.q`. One block reads what many have left, so its loads must not wait for each other.
+// Add up the splits into `shared.q`. Threads share a column's splits for what is one number per split, and take whole runs
+// of channels for the sums, so that many loads are on their way at once: one block does this while all others are done.
 OKV_DEVICE void add_splits(const Arguments &a, const Place &at, Shared &shared) {
-  constexpr int HELPERS = THREADS / COLUMNS;  // threads that share a column
-  const int own = thread() / HELPERS, splits = at.is_row(a, own) ? a.splits : 0;
-  float all = LOWEST, weight = 0.0f;
-  for (int split = thread() % HELPERS; split < splits; split += HELPERS)
-    all = fmaxf(all, load_fresh(partial_softmax(a, at, split) + 2 * own));
-#pragma unroll
-  for (int mask = 1; mask < HELPERS; mask *= 2) all = fmaxf(all, shuffle_xor(all, mask));
-  for (int split = thread() % HELPERS; split < splits; split += HELPERS) {
-    const float *softmax = partial_softmax(a, at, split) + 2 * own;
-    weight += load_fresh(softmax + 1) * power_of_two(load_fresh(softmax) - all);
-  }
-#pragma unroll
-  for (int mask = 1; mask < HELPERS; mask *= 2) weight += shuffle_xor(weight, mask);
-  if (thread() % HELPERS == 0) shared.largest[own] = all, shared.weight[own] = weight;
+  constexpr int STEP = THREADS / COLUMNS, RUNS = (COLUMNS * HEAD_DIM / 4 + THREADS - 1) / THREADS;
+  const Partial partial(a, at);
+  Shares &shares = shared.shares;
+  const int own = thread() % COLUMNS;
+  float largest = LOWEST, weight = 0.0f, sums[RUNS][4] = {};
+  for (int split = thread() / COLUMNS; split < a.splits; split += STEP)
+    largest = fmaxf(largest, load_fresh(partial.softmax + 2 * (split * COLUMNS + own)));
+  largest = fmaxf(largest, shuffle_xor(largest, 8));
+  largest = fmaxf(largest, shuffle_xor(largest, 16));
+  if (at.lane < COLUMNS) shares.of_warp[at.warp][own] = largest;
   barrier();
-#pragma unroll 1
-  for (int i = 4 * thread(); i < COLUMNS * HEAD_DIM; i += 4 * THREADS) {
-    const int column = i / HEAD_DIM;
-    if (!at.is_row(a, column)) continue;
-    const float largest = shared.largest[column];
-    const float *sums = partial_sums(a, at, 0) + i, *softmax = partial_softmax(a, at, 0) + 2 * column;
-    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-    for (int split = 0; split < a.splits; split++) {
-      float part[4];
-      load_fresh_4(part, sums + (i64)split * (COLUMNS * HEAD_DIM));
-      const float share = power_of_two(load_fresh(softmax + split * (COLUMNS * 2)) - largest);
 #pragma unroll
-      for (int k = 0; k < 4; k++) total[k] += part[k] * share;
+  for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, shares.of_warp[w][own]);
+  const int left = at.group_rows(a) - COLUMNS * at.tile(a), runs = (left < COLUMNS ? left : COLUMNS) * HEAD_DIM / 4;
+  for (int first = 0; first < a.splits; first += SHARES) {
+    const int count = a.splits - first < SHARES ? a.splits - first : SHARES;
+    for (int i = thread() / COLUMNS; i < count; i += STEP) {
+      const float *softmax = partial.softmax + 2 * ((first + i) * COLUMNS + own);
+      const float share = power_of_two(load_fresh(softmax) - largest);
+      weight += load_fresh(softmax + 1) * share;
+      shares.of[i][own] = share;
     }
+    barrier();
 #pragma unroll
-    for (int k = 0; k < 4; k++) shared.q[column][i % HEAD_DIM + k] = total[k];
+    for (int k = 0; k < RUNS; k++) {
+      const int run = thread() + THREADS * k;
+      if (run >= runs) break;
+      const float *from = partial.sums + first * (COLUMNS * HEAD_DIM) + 4 * run;
+#pragma unroll 8
+      for (int i = 0; i < count; i++) {
+        float x[4];
+        load_fresh_4(x, from + i * (COLUMNS * HEAD_DIM));
+#pragma unroll
+        for (int j = 0; j < 4; j++) sums[k][j] += x[j] * shares.of[i][4 * run / HEAD_DIM];
+      }
+    }
+    barrier();
+  }
+  weight += shuffle_xor(weight, 8);
+  weight += shuffle_xor(weight, 16);
+  if (at.lane < COLUMNS) shares.of_warp[at.warp][own] = weight;
+#pragma unroll
+  for (int k = 0; k < RUNS; k++) {
+    const int run = thread() + THREADS * k;
+    if (run < runs)
+#pragma unroll
+      for (int j = 0; j < 4; j++) shared.q[4 * run / HEAD_DIM][4 * run % HEAD_DIM + j] = sums[k][j];
+  }
+  barrier();
+  if (thread() < COLUMNS) {
+    weight = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) weight += shares.of_warp[w][own];
+    shared.largest[own] = largest, shared.weight[own] = weight;
   }
   barrier();
 }
@@ -131,11 +159,11 @@ OKV_DEVICE void add_splits(const Arguments &a, const Place &at, Shared &shared) 
 OKV_DEVICE void finish(const Arguments &a, const Place &at, Shared &shared) {
 #pragma unroll 1
   for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
-    const int column = i / HEAD_DIM;
-    if (!at.is_row(a, column)) continue;
+    const int column = i / HEAD_DIM, query_head = shared.query_head[column];
+    if (query_head < 0) break;
     float weight = shared.weight[column], share = 1.0f;
     if (a.sinks) {  // one more token, without a value
-      const float sink = fminf(a.sinks[at.query_head(a, column)] * LOG2_E, -LOWEST);
+      const float sink = fminf(a.sinks[query_head] * LOG2_E, -LOWEST);
       const float largest = fmaxf(shared.largest[column], sink);
       share = power_of_two(shared.largest[column] - largest);
       weight = weight * share + power_of_two(sink - largest);
@@ -146,9 +174,9 @@ OKV_DEVICE void finish(const Arguments &a, const Place &at, Shared &shared) {
   if (a.output_block) hadamard(shared.q, a.output_block);
 #pragma unroll 1
   for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) {
-    const int column = i / HEAD_DIM, d = i % HEAD_DIM;
-    if (!at.is_row(a, column)) continue;
-    const i64 row = at.batch * a.out_batch + at.query_head(a, column) * a.out_head + at.query(a, column) * a.out_token;
+    const int column = i / HEAD_DIM, d = i % HEAD_DIM, query_head = shared.query_head[column];
+    if (query_head < 0) break;
+    const i64 row = at.batch * a.out_batch + query_head * a.out_head + shared.query[column] * a.out_token;
     store_float(a.out, row + d, a.q_dtype, shared.q[column][d]);
   }
 }

@@ -128,6 +128,7 @@ OKV_DEVICE void store(void *to, const u32 *from) {
 }
 
 OKV_DEVICE void raise_flags(u32 *flags, u32 bits) { atomicOr(flags, bits); }
+OKV_DEVICE void warp_barrier() { __syncwarp(); }
 
 // For the last block of a row, which reads what the others wrote.
 OKV_DEVICE void fence() { __threadfence(); }
@@ -158,6 +159,13 @@ OKV_DEVICE void copies_wait() {
 }
 
 #if OKV_BULK
+// Whether this lane is the one of its warp that does what one does.
+OKV_DEVICE bool elected() {
+  u32 one;
+  asm volatile("{.reg .pred p; elect.sync _|p,0xffffffff; selp.u32 %0,1,0,p;}" : "=r"(one));
+  return one;
+}
+
 // One copy of many bytes that a barrier in shared memory counts.
 OKV_DEVICE void arrivals_init(u64 *at) { asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(shared_address(at))); }
 

@@ -121,7 +121,8 @@ OKV_DEVICE void take_full(const Arguments &a, const Place &at, Shared &shared, R
       for (int c = 0; c < 2; c++) {
         const int column = 2 * at.pair + c;
         const i64 own_position = shared.position[column];
-        const float added = part.logit_bias && at.is_row(a, column) ? part.logit_bias[at.query_head(a, column)] : 0.0f;
+        const int query_head = shared.query_head[column];
+        const float added = part.logit_bias && query_head >= 0 ? part.logit_bias[query_head] : 0.0f;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           float &logit = logits[0][2 * half + c];
@@ -129,11 +130,11 @@ OKV_DEVICE void take_full(const Arguments &a, const Place &at, Shared &shared, R
           if (a.softcap > 0.0f) logit = soft_cap(logit, a.softcap);
           logit = (logit + added) * LOG2_E;
           const i64 there = tile.position[half];
-          if (there < 0 || there > own_position || there <= own_position - a.window) logit = HIDDEN;
+          if (there < 0 || there > own_position || there <= own_position - a.window) logit = bits_to_float(HIDDEN);
         }
       }
       half2 p[2];
-      running.take(logits, p, 1.0f);
+      running.take(logits, {1.0f, 1.0f}, p, 0);
       const half2 ones = at.row == 0 ? both(HALF_ONE) : 0;
       multiply_tiles(running.others, 0, ones, 0, ones, p[0], p[1]);
       tile.values(at, p, running.sums);

@@ -18,7 +18,10 @@ constexpr int WIDTH = 32 * BLOCKS;
 constexpr int TILES = WIDTH / 16;              // of 16 channels
 constexpr int V_GROUPS = (HEAD_DIM + V_GROUP - 1) / V_GROUP;
 constexpr int RECORDS = PAGE_TOKENS / GROUP;
-constexpr int SUBGROUPS = GROUP / 32;          // a warp reads 32 tokens at a time
+constexpr int SUBGROUPS = GROUP / 32;          // of 32 tokens, the rows of two tile products
+// Pages that a block reads at a time. What is done once for the tokens of a warp weighs more in short rows.
+constexpr int STEP_PAGES = BLOCKS <= 2 && K_BITS + V_BITS == 4 ? 2 : 1;
+constexpr int PARTS = STEP_PAGES;              // subgroups that a warp reads at a time
 constexpr int META_BYTES = SMALL_METADATA ? 1 : 2;
 
 constexpr int K_CODES = 0;
@@ -42,19 +45,17 @@ OKV_DEVICE constexpr half2 both(u32 half) { return half | half << 16; }
 constexpr u32 HALF_ONE = 15u << 10;
 OKV_DEVICE constexpr half2 two_to_the(int exponent) { return both((u32)(15 + exponent) << 10); }
 
-constexpr float CODE_UNIT = 16777216.0f;  // 2 ** 24
-
 // What keeps products of float16 in range. q: below 2 ** Q_EXPONENT in every query row, so that q times a scale of K
 // (a float8 / 256, at most 127 with token scale, 4094 without) stays below 65504. p: times 2 ** P_EXPONENT, and the
 // scale of V is at most 1023. `layout.py` refuses other records.
 constexpr int Q_EXPONENT = SMALL_METADATA ? 14 : NORM_BYTES ? 9 : 4;
-constexpr int P_EXPONENT = SMALL_METADATA ? 13 : 6;
-constexpr int SCALE_EXPONENT = SMALL_METADATA ? 8 : 0;  // float8 e4m3 bits, moved into a float16, stand for 1 / 256
+constexpr int P_EXPONENT = 6;
+constexpr int SCALE_EXPONENT = 8;  // float8 e4m3 bits, moved into a float16, stand for 1 / 256
 
 OKV_DEVICE float power(int exponent) { return bits_to_float((u32)(127 + exponent) << 23); }
 
 constexpr float LOWEST = -1e30f;   // the largest logit before there is one
-constexpr float HIDDEN = -3e38f;   // the logit of a token that is not seen: its weight is 0 beside LOWEST, too
+constexpr u32 HIDDEN = 0xff800000u;  // the logit of a token that is not seen: minus infinity, 0 beside LOWEST, too
 constexpr float LOG2_E = 1.4426950408889634f;
 
 }  // namespace occam

@@ -7,73 +7,101 @@ namespace occam {
 struct Ring {
   const Arguments &a;
   Shared &shared;
-  i64 first;  // of this block, in the table
-  int head, count;
-  int next;  // number of the page that is copied next, known one turn ahead
+  const i64 first;  // of this block, in the table
+  const int count;  // pages
+  int stage = 0, parity = 0;  // of the step that is read
 
   OKV_DEVICE Ring(const Arguments &arguments, const Place &at, Shared &memory, int start, int end)
-      : a(arguments), shared(memory), first((i64)at.batch * a.table_width + start), head(at.head),
-        count(end - start), next(count > 0 ? (int)a.table[first] : 0) {
+      : a(arguments), shared(memory), first((i64)at.batch * a.table_width + start), count(end - start) {
+    static_assert(STEP_PAGES <= 2);
 #if OKV_BULK
     if (thread() == 0) {
 #pragma unroll
       for (int i = 0; i < STAGES; i++) arrivals_init(&shared.arrivals[i]);
       arrivals_ready();
     }
-    barrier();
 #endif
+    find(at, 0);
+    barrier();
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) copy(i);
+    for (int i = 0; i < STAGES - 1; i++) copy(i, i);
+    settle();
   }
 
-  // Begin to copy page i into its stage, which nobody reads any more. All threads call this.
-  OKV_DEVICE void copy(int i) {
+  // Find out where page i and those behind it lie. It must be long until page i is copied: a barrier comes before.
+  OKV_DEVICE void find(const Place &at, int i) {
+    i += thread();
+    if (thread() >= SOURCES / 2 || i >= count) return;
+    const i64 number = a.table[first + i];
+    int slab = 0;
+#pragma unroll 1
+    for (int end = a.slab_count; end - slab > 1;) {
+      const int middle = (slab + end) / 2;
+      if (a.slabs[middle].start <= number) slab = middle;
+      else end = middle;
+    }
+    const Slab from = a.slabs[slab];
+    const i64 local = number - from.start, of_head = local * a.kv_heads + at.head;
+    shared.sources[(u32)i % SOURCES] = {from.records + of_head * PAGE_BYTES, from.norms + local * (PAGE_TOKENS * NORM_BYTES),
+                                   from.supers + of_head * SUPER_BYTES};
+  }
+
+  // Begin to copy the pages of step i into a stage that nobody reads any more. All threads call this.
+  OKV_DEVICE void copy(int i, int stage) {
 #if OKV_BULK
-    if (i < count && thread() < 32) start(i, shared.stages[i % STAGES]);
-#else
-    if (i < count) start(i, shared.stages[i % STAGES]);
+    if (has(i, 0) && thread() < 32 && elected()) {
+      u64 *arrivals = &shared.arrivals[stage];
+      constexpr int BYTES = PAGE_BYTES + PAGE_TOKENS * NORM_BYTES + (SUPER_BYTES == 16 ? 16 : 0);
+      const bool whole = has(i, STEP_PAGES - 1);
+      arrivals_expect(arrivals, whole ? STEP_PAGES * BYTES : BYTES);
+#pragma unroll
+      for (int j = 0; j < STEP_PAGES; j++) {
+        if (j > 0 && !whole) break;
+        const Source &from = source(i * STEP_PAGES + j);
+        Page &to = shared.stages[stage].pages[j];
+        copy_bulk(to.records, from.records, PAGE_BYTES, arrivals);
+        if (NORM_BYTES) copy_bulk(to.norms, from.norms, PAGE_TOKENS * NORM_BYTES, arrivals);
+        if (SUPER_BYTES == 16) copy_bulk(to.supers, from.supers, 16, arrivals);
+      }
+    }
 #endif
+    if (!WORD_COPIES) return;
+#pragma unroll
+    for (int j = 0; j < STEP_PAGES; j++) {
+      if (!has(i, j)) break;
+      const Source &from = source(i * STEP_PAGES + j);
+      Page &to = shared.stages[stage].pages[j];
+#if !OKV_BULK
+      for (int at = 16 * thread(); at < PAGE_BYTES; at += 16 * THREADS) copy_16(to.records + at, from.records + at);
+      if (16 * thread() < PAGE_TOKENS * NORM_BYTES) copy_16(to.norms + 16 * thread(), from.norms + 16 * thread());
+      if (SUPER_BYTES == 16 && thread() == 0) copy_16(to.supers, from.supers);
+#endif
+      if (SUPER_BYTES % 16 && 4 * thread() < SUPER_BYTES) copy_4(to.supers + thread(), from.supers + 4 * thread());
+    }
     copies_commit();
   }
 
-  OKV_DEVICE void start(int i, Stage &to) {
-    const int number = next;
-    if (i + 1 < count) next = (int)a.table[first + i + 1];
-    int slab = a.slab_count - 1;
-#pragma unroll 1
-    while (a.slabs[slab].start > number) slab--;
-    const Slab from = a.slabs[slab];
-    const i64 local = number - from.start, of_head = local * a.kv_heads + head;
-    const u8 *page = from.records + of_head * PAGE_BYTES;
-    const u8 *norms = from.norms + local * (PAGE_TOKENS * NORM_BYTES);
+  OKV_DEVICE bool has(int i, int j) const { return i * STEP_PAGES + j < count; }
+  OKV_DEVICE const Source &source(int page) const { return shared.sources[(u32)page % SOURCES]; }
+
+  // The pages of step i, which have arrived.
+  OKV_DEVICE const Page *pages(int i) {
+    copy(i + STAGES - 1, stage ? stage - 1 : STAGES - 1);
 #if OKV_BULK
-    if (thread() == 0) {
-      u64 *arrivals = &shared.arrivals[i % STAGES];
-      arrivals_expect(arrivals, PAGE_BYTES + PAGE_TOKENS * NORM_BYTES);
-      copy_bulk(to.page, page, PAGE_BYTES, arrivals);
-      if (NORM_BYTES) copy_bulk(to.norms, norms, PAGE_TOKENS * NORM_BYTES, arrivals);
-    }
-#else
-    for (int at = 16 * thread(); at < PAGE_BYTES; at += 16 * THREADS) copy_16(to.page + at, page + at);
-    if (16 * thread() < PAGE_TOKENS * NORM_BYTES) copy_16(to.norms + 16 * thread(), norms + 16 * thread());
+    arrivals_wait(&shared.arrivals[stage], parity);
 #endif
-    if (SMALL_METADATA && thread() < RECORDS)
-      copy_4(to.supers + thread(), from.supers + (of_head * RECORDS + thread()) * 4);
+    return shared.stages[stage].pages;
   }
 
-  // The stage with page i, which has arrived.
-  OKV_DEVICE const Stage &page(int i) {
-    copy(i + STAGES - 1);
-#if OKV_BULK
-    arrivals_wait(&shared.arrivals[i % STAGES], i / STAGES & 1);
-#endif
-    return shared.stages[i % STAGES];
-  }
-
-  // Every thread is done with a page, and what each copied by itself for the next one is there for all.
+  // Every thread is done with a step, and what each copied by itself for the next one is there for all.
   OKV_DEVICE void settle() {
-    copies_wait<STAGES - 2>();
+    if (WORD_COPIES) copies_wait<STAGES - 2>();
     barrier();
+  }
+
+  OKV_DEVICE void advance() {
+    settle();
+    if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
 

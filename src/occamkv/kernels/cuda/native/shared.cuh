@@ -7,13 +7,31 @@ namespace occam {
 #ifndef OKV_STAGES
 #define OKV_STAGES 3
 #endif
-constexpr int STAGES = OKV_STAGES;  // pages in shared memory
+constexpr int STAGES = OKV_STAGES;  // steps in shared memory
 constexpr int ROW = WIDTH + 4;  // floats of a row in shared memory
 
-struct Stage {
-  alignas(16) u8 page[PAGE_BYTES];
+constexpr int SOURCES = 32;  // places of pages, found out 16 at a time
+constexpr int SUPER_BYTES = SMALL_METADATA ? 4 * RECORDS : 0;
+constexpr bool WORD_COPIES = !OKV_BULK || SUPER_BYTES % 16;
+
+// Where a page lies.
+struct Source {
+  const u8 *records, *norms, *supers;
+};
+
+// 8-bit metadata of 32 tokens, made as wide as 16-bit metadata is.
+struct Wide {
+  half2 k_scale[WIDTH / 2], k_minimum[WIDTH / 2], v_scale[16 * V_GROUPS], v_minimum[16 * V_GROUPS];
+};
+
+struct Page {
+  alignas(16) u8 records[PAGE_BYTES];
   alignas(16) u8 norms[NORM_BYTES ? PAGE_TOKENS * NORM_BYTES : 16];
   alignas(16) u32 supers[4];
+};
+
+struct Stage {
+  Page pages[STEP_PAGES];
 };
 
 // The four warps' results, added up in a fixed order.
@@ -23,15 +41,25 @@ struct Merge {
   float minimums[WARPS][8][COLUMNS];  // of V groups
 };
 
+// What share the splits of a row have in its sum, some of them at a time.
+constexpr int SHARES = 64;
+struct Shares {
+  float of[SHARES][COLUMNS], of_warp[WARPS][COLUMNS];
+};
+
 struct Shared {
   union {
     alignas(128) Stage stages[STAGES];
     Merge merge;
+    Shares shares;
   };
+  alignas(16) u8 wide[SMALL_METADATA ? WARPS * PARTS * sizeof(Wide) : 16];
   alignas(16) float q[COLUMNS][ROW];  // rotated; later the result
   i64 position[COLUMNS];              // of the query, -1 for a pad, -2 for a column that is none
   int first[COLUMNS], end[COLUMNS];   // packed tokens that it sees
+  int query_head[COLUMNS], query[COLUMNS];  // -1 for a column that is none
   float largest[COLUMNS], weight[COLUMNS];
+  Source sources[SOURCES];
   u64 arrivals[STAGES];
   int is_last;
 };
@@ -48,13 +76,6 @@ struct Place {
   OKV_DEVICE int split(const Arguments &a) const { return block_x() / a.tiles; }
 
   OKV_DEVICE int group_rows(const Arguments &a) const { return a.query_heads / a.kv_heads * a.queries; }
-  OKV_DEVICE bool is_row(const Arguments &a, int column) const { return COLUMNS * tile(a) + column < group_rows(a); }
-
-  OKV_DEVICE int query_head(const Arguments &a, int column) const {
-    return head * (a.query_heads / a.kv_heads) + (COLUMNS * tile(a) + column) / a.queries;
-  }
-
-  OKV_DEVICE int query(const Arguments &a, int column) const { return (COLUMNS * tile(a) + column) % a.queries; }
 };
 
 OKV_DEVICE float load_float(const void *x, i64 index, int dtype) {
@@ -77,10 +98,11 @@ OKV_DEVICE void hadamard(float (&rows)[COLUMNS][ROW], int block) {
   constexpr int PAIRS = HEAD_DIM / 2;
   float factor = 1.0f;
 #pragma unroll 1
-  for (int half = 1; half < block; half *= 2) {
+  for (int bit = 0; 1 << bit < block; bit++) {
+    const int half = 1 << bit;
 #pragma unroll 1
     for (int i = thread(); i < COLUMNS * PAIRS; i += THREADS) {
-      const int j = i % PAIRS, at = j / half * 2 * half + j % half;
+      const int j = i % PAIRS, at = (j >> bit << (bit + 1)) + (j & (half - 1));
       float *x = &rows[i / PAIRS][at];
       const float first = x[0], second = x[half];
       x[0] = first + second, x[half] = first - second;
@@ -106,33 +128,14 @@ OKV_DEVICE int tokens_up_to(const Arguments &a, int batch, i64 at) {
   return (int)(count < 0 ? 0 : count > length ? length : count);
 }
 
-// Find out what 8 query rows see.
-OKV_DEVICE void load_positions(const Arguments &a, const Place &at, Shared &shared) {
-  if (thread() < COLUMNS) {
-    const int column = thread();
-    i64 position = -2;
-    int first = 0, end = 0;
-    if (at.is_row(a, column)) {
-      position = a.q_positions[(i64)at.batch * a.queries + at.query(a, column)];
-      if (position >= 0 && a.lengths) {
-        end = tokens_up_to(a, at.batch, position);
-        first = position >= a.window ? tokens_up_to(a, at.batch, position - a.window) : 0;
-      }
-    }
-    shared.position[column] = position;
-    shared.first[column] = first, shared.end[column] = end;
-  }
-  barrier();
-}
-
 // Bring 8 query rows into cache space.
 OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared) {
 #pragma unroll 1
   for (int i = thread(); i < COLUMNS * WIDTH; i += THREADS) {
-    const int column = i / WIDTH, d = i % WIDTH;
+    const int column = i / WIDTH, d = i % WIDTH, query_head = shared.query_head[column];
     float x = 0.0f;
-    if (at.is_row(a, column) && d < HEAD_DIM) {
-      const i64 row = at.batch * a.q_batch + at.query_head(a, column) * a.q_head + at.query(a, column) * a.q_token;
+    if (query_head >= 0 && d < HEAD_DIM) {
+      const i64 row = at.batch * a.q_batch + query_head * a.q_head + shared.query[column] * a.q_token;
       x = load_float(a.q, row + d, a.q_dtype);
       if (a.balance) x /= a.balance[at.head * HEAD_DIM + d];
     }
@@ -140,6 +143,28 @@ OKV_DEVICE void load_queries(const Arguments &a, const Place &at, Shared &shared
   }
   barrier();
   if (a.hadamard_block) hadamard(shared.q, a.hadamard_block);
+}
+
+// Find out which 8 query rows there are and what they see; before all else.
+OKV_DEVICE void load_positions(const Arguments &a, const Place &at, Shared &shared) {
+  if (thread() < COLUMNS) {
+    const int column = thread(), row = COLUMNS * at.tile(a) + column;
+    const int query = row % a.queries;
+    i64 position = -2;
+    int first = 0, end = 0, query_head = -1;
+    if (row < at.group_rows(a)) {
+      query_head = at.head * (a.query_heads / a.kv_heads) + row / a.queries;
+      position = a.q_positions[(i64)at.batch * a.queries + query];
+      if (position >= 0 && a.lengths) {
+        end = tokens_up_to(a, at.batch, position);
+        first = position >= a.window ? tokens_up_to(a, at.batch, position - a.window) : 0;
+      }
+    }
+    shared.position[column] = position;
+    shared.first[column] = first, shared.end[column] = end;
+    shared.query_head[column] = query_head, shared.query[column] = query;
+  }
+  barrier();
 }
 
 // The exponent that brings a row whose largest value is `largest` below 2 ** Q_EXPONENT.

@@ -15,9 +15,10 @@ struct Running {
     for (int i = 0; i < TILES; i++) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
   }
 
-  // Take logits in units of log 2 of 16 N tokens, and return their weights as factors of V, times `factor`.
+  // Take logits of 16 N tokens that, times the `unit` of their column (above 0), are in units of log 2. Return their
+  // weights as factors of V, times 2 ** `exponent`.
   template <int N>
-  OKV_DEVICE void take(float (&logits)[N][4], half2 (&factors)[2 * N], float factor) {
+  OKV_DEVICE void take(const float (&logits)[N][4], const float (&unit)[2], half2 (&factors)[2 * N], int exponent) {
     float top[2] = {logits[0][0], logits[0][1]};
 #pragma unroll
     for (int t = 0; t < N; t++) {
@@ -29,14 +30,16 @@ struct Running {
       top[0] = fmaxf(top[0], shuffle_xor(top[0], mask));
       top[1] = fmaxf(top[1], shuffle_xor(top[1], mask));
     }
+    top[0] *= unit[0], top[1] *= unit[1];
     if (any(top[0] > largest[0] || top[1] > largest[1])) grow(top);
+    const float offset[2] = {(float)exponent - largest[0], (float)exponent - largest[1]};
 #pragma unroll
     for (int t = 0; t < N; t++) {
       float p[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) p[i] = power_of_two(logits[t][i] - largest[i & 1]);
-      factors[2 * t] = transpose(to_half2(p[0] * factor, p[1] * factor));
-      factors[2 * t + 1] = transpose(to_half2(p[2] * factor, p[3] * factor));
+      for (int i = 0; i < 4; i++) p[i] = power_of_two(logits[t][i] * unit[i & 1] + offset[i & 1]);
+      factors[2 * t] = transpose(to_half2(p[0], p[1]));
+      factors[2 * t + 1] = transpose(to_half2(p[2], p[3]));
     }
   }
 
