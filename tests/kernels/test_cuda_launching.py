@@ -1,7 +1,6 @@
 """What the launcher says to CUDA's driver: through the real cuda-bindings, to a libcuda that only writes it down."""
 
 import ctypes
-import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from occamkv.kernels.cuda.kernel import Kernel
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("cuda") is None or shutil.which("g++") is None,
+    building.unavailable() is not None or shutil.which("g++") is None,
     reason="it takes cuda-bindings (pip install 'occamkv[cuda]') and g++",
 )
 

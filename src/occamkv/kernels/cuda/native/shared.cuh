@@ -93,26 +93,34 @@ OKV_DEVICE void store_float(void *x, i64 index, int dtype, float value) {
   }
 }
 
-// The orthonormal Hadamard rotation of 8 rows in shared memory, block by block of channels.
+// The orthonormal Hadamard rotation of 8 rows in shared memory, block by block of channels: two steps at a time, with one
+// barrier, then the last one if their number is odd.
 OKV_DEVICE void hadamard(float (&rows)[COLUMNS][ROW], int block) {
-  constexpr int PAIRS = HEAD_DIM / 2;
   float factor = 1.0f;
+  int bit = 0;
 #pragma unroll 1
-  for (int bit = 0; 1 << bit < block; bit++) {
+  for (; 2 << bit < block; bit += 2) {
     const int half = 1 << bit;
 #pragma unroll 1
-    for (int i = thread(); i < COLUMNS * PAIRS; i += THREADS) {
-      const int j = i % PAIRS, at = (j >> bit << (bit + 1)) + (j & (half - 1));
-      float *x = &rows[i / PAIRS][at];
-      const float first = x[0], second = x[half];
-      x[0] = first + second, x[half] = first - second;
+    for (int i = thread(); i < COLUMNS * (HEAD_DIM / 4); i += THREADS) {
+      const int j = i % (HEAD_DIM / 4);
+      float *x = &rows[i / (HEAD_DIM / 4)][(j >> bit << (bit + 2)) + (j & (half - 1))];
+      const float a = x[0], b = x[half], c = x[2 * half], d = x[3 * half];
+      x[0] = (a + b) + (c + d), x[half] = (a - b) + (c - d);
+      x[2 * half] = (a + b) - (c + d), x[3 * half] = (a - b) - (c - d);
     }
     barrier();
-    factor *= 0.70710678118654752f;
+    factor *= 0.5f;
   }
-  if (block > 1)
+  const bool odd = 1 << bit < block;
+  if (odd) factor *= 0.70710678118654752f;
 #pragma unroll 1
-    for (int i = thread(); i < COLUMNS * HEAD_DIM; i += THREADS) rows[i / HEAD_DIM][i % HEAD_DIM] *= factor;
+  for (int i = thread(); i < COLUMNS * (HEAD_DIM / 2); i += THREADS) {
+    const int j = i % (HEAD_DIM / 2), half = odd ? 1 << bit : HEAD_DIM / 2;
+    float *x = &rows[i / (HEAD_DIM / 2)][odd ? (j >> bit << (bit + 1)) + (j & (half - 1)) : j];
+    const float first = x[0], second = x[half];
+    x[0] = (odd ? first + second : first) * factor, x[half] = (odd ? first - second : second) * factor;
+  }
   barrier();
 }
 
