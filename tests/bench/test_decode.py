@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import emulated_cuda
 import saved_models
-from occamkv import PackedCache
+from occamkv import PackedCache, kernels
 from occamkv.bench import Setting, bench_decode, decode
 from occamkv.bench.decode import Prefill, greedy
 from occamkv.errors import NothingQuantized, UnsupportedInput
@@ -133,3 +134,15 @@ def test_what_cannot_be_measured_is_refused(error, kind, options, words):
     rest = {"steps": 1} | {key: value for key, value in options.items() if key != "contexts"}
     with pytest.raises(error, match=words):
         bench_decode({"m": loaders(kind)}, setting, **rest)
+
+
+def test_a_backend_that_was_asked_for_writes_pages_in_its_own_order():
+    """The cache of a model on a CPU would take a backend of the CPU by itself."""
+    cache = PackedCache(saved_models.build("packable"), "oscar")
+    with emulated_cuda.on_cpu():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "BACKENDS", ("reference",))
+            decode.fill(cache, [(2, 32)] * 2, 200, dtype=torch.float32, backend="cuda")
+        store = cache.layers[0].cache.store
+        assert {slab.order for slab in store.pool.slabs} == {"cuda-1"}
+        store.read(0)

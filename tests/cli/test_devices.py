@@ -38,7 +38,7 @@ def on_device(occamkv, folder_of, tmp_path, monkeypatch):
     return run
 
 
-FAST = ("run-receipt", "run-auto", "eval", "analyze")
+FAST = ("run-receipt", "analyze")
 
 
 @pytest.mark.parametrize("kind", ["packable", pytest.param("half sliding", marks=pytest.mark.emulator)])

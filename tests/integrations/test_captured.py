@@ -76,11 +76,11 @@ def assert_same_cache(first: PackedCache, second: PackedCache) -> None:
 @pytest.mark.parametrize(
     ("method", "rows", "steps"),
     [
-        pytest.param("occam", RAGGED, 140, id="occam-ragged"),
+        pytest.param("occam", RAGGED, 140, id="occam-ragged", marks=pytest.mark.emulator),
         pytest.param("oscar", RAGGED, 200, id="oscar-ragged"),
-        pytest.param("oscar_k3v4_m8_roll", {0: 150}, 140, id="8-bit-metadata-one"),
+        pytest.param("oscar_k3v4_m8_roll", {0: 150}, 140, id="8-bit-metadata-one", marks=pytest.mark.emulator),
         pytest.param("kivi_g64", {0: 12, 1: 5}, 280, id="kivi-short"),
-        pytest.param("quarot", {0: 120, 1: 3}, 40, id="quarot-one-packs"),
+        pytest.param("quarot", {0: 120, 1: 3}, 40, id="quarot-one-packs", marks=pytest.mark.emulator),
     ],
 )
 def test_replays_give_the_logits_and_the_cache_of_eager_steps(method, rows, steps, model, graphs):

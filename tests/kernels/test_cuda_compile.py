@@ -100,7 +100,7 @@ PACKING = [
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("name", "format", "head_dim", "architecture"),
-    [pytest.param(*one, marks=[pytest.mark.emulator] if one[1:3] != (INT2, 128) else []) for one in PACKING],
+    [pytest.param(*one, marks=[pytest.mark.emulator] if one[1:] != (INT2, 128, "sm_90a") else []) for one in PACKING],
     ids=str,
 )
 def test_no_registers_spill_in_kernels_that_write_records(name, format, head_dim, architecture):
@@ -195,7 +195,7 @@ needs_disassembler = pytest.mark.skipif(
 
 @needs_nvrtc
 @needs_disassembler
-@pytest.mark.parametrize("what", LOOPS)
+@pytest.mark.parametrize("what", [n if n == "2 bits" else pytest.param(n, marks=pytest.mark.emulator) for n in LOOPS])
 def test_the_main_loop_has_time_while_memory_streams(what, tmp_path):
     format, head_dim, most, most_often = LOOPS[what]
     whole, often = instructions_per_1000_codes(build_of(format, head_dim), tmp_path)

@@ -284,11 +284,14 @@ def test_what_the_kernels_do_not_take_goes_the_long_way(monkeypatch):
         ({"packed": [1280, 128]}, "whole records"),
         ({"residual": [129, 0]}, "do not fit together"),
         ({"tables": [[0, 1, 2], [0, 999]]}, "names page 999"),
+        ("canonical", "order 'canonical'"),
     ],
     ids=str,
 )
 def test_counts_and_pages_that_do_not_fit_are_refused(change, told, monkeypatch):
     layer = with_room(prompt(FORMS["block"], "cuda", monkeypatch), 0)
+    if change == "canonical":
+        change = {"slabs": [replace(slab, order=change) for slab in layer.slabs]}
     with pytest.raises(UnsupportedInput, match=told):
         cuda.stepper(replace(layer, **change))
 

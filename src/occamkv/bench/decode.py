@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from occamkv import kernels
 from occamkv.bench.attend import OURS
 from occamkv.bench.inputs import CPU, Progress, Setting, backend_of, check_list, packed_of, ticker
 from occamkv.bench.timing import Contestant, Times, race
@@ -255,8 +256,9 @@ def fill(
             cache.update(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1), index)
             layer = cache.layers[index]
             if isinstance(layer, PackedLayer) and layer.cache is not None:
-                if backend is not None and layer.cache.store is not None:
+                if backend is not None and layer.cache.store is not None:  # nothing is packed yet
                     layer.cache.store.backend_name = backend
+                    layer.cache.store.pool.order = kernels.backend(backend).order
                 layer.cache.commit()
                 if first == 0 and piece != _FILL and layer.cache.store is not None:
                     layer.cache.store.reserve([tokens - sizes[2]] * batch)  # few slabs, as after a long prompt

@@ -43,9 +43,14 @@ def doctor(
         packages.add_row(name, entry["version"] or "not installed", entry["needed_for"])
     out.print(packages)
     devices = Table("device", "method", "backend", "refusals")
+    everywhere = _common(report["backends"])
     for row in report["backends"]:
-        devices.add_row(row["device"], row["method"], row["backend"], "; ".join(row["refusals"]) or "none")
+        own = [reason for reason in row["refusals"] if reason not in everywhere[row["device"]]]
+        devices.add_row(row["device"], row["method"], row["backend"], "; ".join(own) or "none")
     out.print(devices)
+    for device, reasons in everywhere.items():
+        for reason in reasons:
+            out.print(f"Whatever the method, on {device}: {reason}.", highlight=False, markup=False, soft_wrap=True)
     out.print(f"Native CPU kernels: {_told(report['native'])}", highlight=False, markup=False, soft_wrap=True)
     models = Table("bundled model", "state", "about")
     for row in report["models"]:
@@ -93,6 +98,15 @@ def examine() -> dict[str, Any]:
         "native": _native(),
         "models": models,
     }
+
+
+def _common(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the refusals that hold for every method, by device."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        known = found.setdefault(row["device"], row["refusals"])
+        found[row["device"]] = [reason for reason in known if reason in row["refusals"]]
+    return found
 
 
 def _native() -> dict[str, Any]:

@@ -20,7 +20,8 @@ HEAD_DIM_STEP = 8
 
 def refuses(format: Format, device: torch.device, head_dim: int | None = None) -> str | None:
     """Return why this backend cannot take `format` on `device`, one sentence, or None."""
-    return refuses_format(format, head_dim) or launching.unavailable(device)
+    missing = launching.unavailable(device)
+    return missing if device.type != "cuda" and missing else refuses_format(format, head_dim) or missing
 
 
 def refuses_format(format: Format, head_dim: int | None = None) -> str | None:

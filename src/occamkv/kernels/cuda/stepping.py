@@ -22,6 +22,7 @@ from occamkv.kernels.cuda.attention import splits_for
 from occamkv.kernels.cuda.call import DTYPES, Options, check_pages, prepare, slab_table
 from occamkv.kernels.cuda.encoding import BEYOND_RANGE, DOES_NOT_FIT, Rules, View, readable, rules_of, takes, view_of
 from occamkv.kernels.cuda.kernel import Call, Kernel
+from occamkv.kernels.cuda.layout import ORDER
 from occamkv.ops import hadamard_block
 from occamkv.ops.sums import folded_sum
 
@@ -235,6 +236,8 @@ def _in_place(x: Tensor) -> bool:
 
 def _check(layer: StepLayer) -> None:
     slots, tokens = layer.ring[0].shape[2], layer.format.record_tokens
+    for slab in layer.slabs:
+        slab.check_order(ORDER)
     for row, (pages, packed, held) in enumerate(zip(layer.tables, layer.packed, layer.residual, strict=True)):
         check_lengths([packed], record_tokens=tokens, pages=len(pages))
         check_pages(pages, layer.slabs, layer.starts)
