@@ -202,6 +202,18 @@ def test_the_main_loop_has_time_while_memory_streams(what, tmp_path):
     assert 25 < often <= most_often and often + 5 < whole <= most
 
 
+@needs_nvrtc
+@needs_disassembler
+@pytest.mark.emulator
+def test_the_documented_counts_are_those_of_the_machine_code(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "cuda.md").read_text()
+    rows = re.findall(r"^\| (\d bits.*?) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert [row[0] for row in rows] == list(LOOPS)
+    for what, *told in rows:
+        counted = instructions_per_1000_codes(build_of(*LOOPS[what][:2]), tmp_path)
+        assert counted == pytest.approx([float(number) for number in told], abs=2), what  # compilers differ a little
+
+
 def fused_sums(build: building.Build, tmp_path: Path) -> int:
     """Products that are added without being rounded before."""
     cubin = tmp_path / "kernel.cubin"
