@@ -225,6 +225,7 @@ def test_the_backend_says_why_it_cannot_run_here():
     [
         ((7, 5), None),
         ((8, 0), "sm_80"),
+        ((8, 7), "sm_87"),
         ((8, 9), "sm_89"),
         ((9, 0), "sm_90a"),
         ((10, 3), "sm_100"),
