@@ -275,7 +275,7 @@ def test_the_shared_memory_that_is_asked_for_is_what_the_kernel_uses(fields, hea
 
 @pytest.mark.parametrize("architecture", building.ARCHITECTURES)
 def test_a_block_fits_the_shared_memory_of_every_card(architecture):
-    """By NVIDIA's tables of compute capabilities: 163 KiB on 8.0 and 8.7, 99 on 8.6, 8.9 and 12.0, 227 on the others."""
+    """By NVIDIA's tables: 163 KiB on 8.0 and 8.7, 99 on 8.6, 8.9 and 12.0, 227 on the others."""
     most = {"sm_80": 163, "sm_87": 163, "sm_90a": 227, "sm_100": 227}.get(architecture, 99) * 1024
     held = set()
     for format, head_dim, _ in OTHERS:

@@ -90,7 +90,12 @@ def test_a_kernel_is_loaded_once_and_launched_with_what_the_call_says(said):
     shared = building.plan(Kernel("attend", Format(), 128), "sm_90a").shared_bytes
     given = bytes(ctypes.c_int64(5)) + bytes(ctypes.c_float(0.5))
     launch = f"launch 22 6 8 2 128 1 1 {shared} 77 0 {given.hex()}"
-    loading = ["load machine code of sm_90a", "function 11 occamkv_attend", f"attribute 22 8 {shared}", "attribute 22 9 100"]
+    loading = [
+        "load machine code of sm_90a",
+        "function 11 occamkv_attend",
+        f"attribute 22 8 {shared}",
+        "attribute 22 9 100",
+    ]
     assert said["calls"] == [
         "context 1103",
         *loading,

@@ -226,9 +226,9 @@ def step_mask(**given: Any) -> Tensor | None:
     """
     queries = given["q_length"] if "q_length" in given else given["cache_position"].shape[0]
     window = given.get("local_size")
-    if queries == 1 and given.get("attention_mask") is None and given.get("allow_is_causal_skip", True):
-        if window is None or given["kv_length"] < window:
-            return None
+    plain = given.get("attention_mask") is None and given.get("allow_is_causal_skip", True)
+    if queries == 1 and plain and (window is None or given["kv_length"] < window):
+        return None
     mask: Tensor | None = sdpa_mask(**given)
     return mask
 
