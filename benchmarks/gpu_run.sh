@@ -61,7 +61,7 @@ note "$(date -u +%FT%TZ) $(git rev-parse --short HEAD 2>/dev/null)"
 step environment 20 log.txt bash -c 'nvidia-smi; "$@"' bash "${occamkv[@]}" doctor
 step "the tensor core reads subnormals" 30 tests.txt \
     "$python" -m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_gpu.py -k subnormals
-step "tests on the GPU" 90 tests.txt "$python" -m pytest -q -p no:cacheprovider -m gpu \
+step "tests on the GPU" 100 tests.txt "$python" -m pytest -q -p no:cacheprovider -m gpu \
     --continue-on-collection-errors tests
 if have compute-sanitizer; then
     for tool in memcheck racecheck; do
