@@ -8,13 +8,17 @@ import pytest
 import torch
 
 import emulated_cuda
+from attention_truth import relative_error
+from deferred_stepper import stepping
 from gpu_cuda import OnGpu, moved
-from occamkv import kernels
+from integrations.architectures import TINY
+from occamkv import PackedCache, kernels
 from occamkv.bench.gpu_errors import check_errors
 from occamkv.bench.gpu_timing import gpu_rig
 from occamkv.cache import LayerCache
 from occamkv.cache import layer as cache_layer
 from occamkv.formats.records import decode, to_groups
+from occamkv.integrations.transformers.replay import CapturedStep
 from occamkv.kernels import cuda, reference
 from occamkv.kernels.cuda import building, launching
 from occamkv.methods import Method, method
@@ -151,7 +155,26 @@ def test_steps_of_a_layer_follow_the_reference(name, where, monkeypatch, tmp_pat
             stack.enter_context(emulated_cuda.mutated(monkeypatch, tmp_path, *changes))
             stack.enter_context(pytest.raises(AssertionError))
         found = outputs_of_steps(method(name), "cuda" if where == "cuda" else "cpu", "cuda", monkeypatch)
-        assert max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)) < 5e-3
+        assert max(relative_error(a, b) for a, b in zip(found, wanted, strict=True)) < 5e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_a_captured_model_gives_the_logits_of_eager_steps(device, monkeypatch):
+    """With whatever transformers does while a graph is captured; on a CPU graphs are those of `deferred_stepper`."""
+    model = TINY["llama"].build().to(device)
+    ids = torch.randint(90, (2, 170), generator=torch.Generator().manual_seed(0)).to(device)
+    with ExitStack() as stack:
+        if device == "cpu":
+            monkeypatch.setattr(kernels, "BACKENDS", ("reference",))
+            stack.enter_context(stepping("reference"))
+        caches = [PackedCache(model, "oscar") for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :150], past_key_values=cache)
+        with CapturedStep(model, caches[0], steps=20) as captured:
+            found = torch.cat([captured(token) for token in ids[:, 150:].split(1, dim=1)], dim=1)
+        steps = [model(token, past_key_values=caches[1]).logits for token in ids[:, 150:].split(1, dim=1)]
+    assert relative_error(found, torch.cat(steps, dim=1)) < 1e-3
 
 
 def test_everything_of_a_case_is_moved():
