@@ -69,13 +69,13 @@ if have compute-sanitizer; then
     done
 fi
 mapfile -t drawn < <(plot bench-attend.png)
-step "bench attend" 110 log.txt "${occamkv[@]}" bench attend --device cuda --method oscar,occam \
-    --budget-seconds 70 --json "$out/bench-attend.json" ${drawn[@]+"${drawn[@]}"}
+step "bench attend" 120 log.txt "${occamkv[@]}" bench attend --device cuda --method oscar,occam \
+    --budget-seconds 60 --json "$out/bench-attend.json" ${drawn[@]+"${drawn[@]}"}
 step "bench encode" 30 log.txt "${occamkv[@]}" bench encode --device cuda --method oscar,occam \
     --json "$out/bench-encode.json"
 mapfile -t drawn < <(plot bench-decode.png)
 step "bench decode" 120 log.txt "${occamkv[@]}" bench decode --device cuda --method oscar,occam \
-    --budget-seconds 80 --json "$out/bench-decode.json" ${drawn[@]+"${drawn[@]}"}
+    --budget-seconds 65 --json "$out/bench-decode.json" ${drawn[@]+"${drawn[@]}"}
 if have ncu; then
     for head_dim in 128 64 256; do
         step "ncu, head_dim $head_dim" 20 tools.txt ncu --clock-control none --kernel-name regex:occamkv_attend \

@@ -175,3 +175,25 @@ def test_what_cannot_be_measured_is_refused(changes, words):
 def test_without_a_gpu_there_is_no_rig(name):
     with pytest.raises(UnsupportedInput, match=f"device '{name}' cannot be measured"):
         gpu_timing.gpu_rig(name)
+
+
+@pytest.mark.parametrize("behind", [0, 9])
+def test_the_clock_of_graphs_starts_when_the_launch_is_already_waiting(behind, monkeypatch):
+    done: list[str] = []
+    events = iter(("start", "end"))
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.name = next(events)
+
+        def record(self):
+            done.append(self.name)
+
+        def elapsed_time(self, end):
+            return 3.0 if (self.name, end.name) == ("start", "end") else 0.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles}"))
+    assert gpu_timing._event_ms(lambda: done.append("run"), behind=behind) == 3.0
+    assert done == ["wait", *(["sleep 9"] if behind else []), "start", "run", "end", "wait"]

@@ -17,6 +17,8 @@ static int done(const char *name) {
 static long context;
 
 extern "C" {
+int cuDriverGetVersion(int *version) { return *version = 12080, 0; }
+
 int cuCtxGetCurrent(void **to) { return *to = (void *)context, 0; }
 
 int cuDeviceGet(int *device, int ordinal) { return *device = 100 + ordinal, 0; }
@@ -65,6 +67,7 @@ int cuGetProcAddress_v2(const char *name, void **function, int, unsigned long lo
     const char *name;
     void *function;
   } known[] = {
+      {"cuDriverGetVersion", (void *)cuDriverGetVersion},
       {"cuCtxGetCurrent", (void *)cuCtxGetCurrent},
       {"cuDeviceGet", (void *)cuDeviceGet},
       {"cuDevicePrimaryCtxRetain", (void *)cuDevicePrimaryCtxRetain},

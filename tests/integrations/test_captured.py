@@ -4,10 +4,12 @@ Graphs are those of `deferred_stepper`: a replay is the recorded call again with
 """
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 import emulated_cuda
 import host_syncs
@@ -18,7 +20,7 @@ from integrations.steps import difference, prompt, words
 from occamkv import PackedCache, kernels
 from occamkv.errors import CacheMismatch, UnsupportedInput
 from occamkv.evals.controls import packed_bytes
-from occamkv.integrations.transformers import replay
+from occamkv.integrations.transformers import attention, replay
 from occamkv.integrations.transformers.replay import CapturedStep, refuses_device
 from occamkv.methods import Method
 from occamkv.methods import method as method_named
@@ -351,6 +353,18 @@ def test_a_plain_step_waits_for_nothing(method, model):
         for _ in range(3):
             model(input_ids=ids, position_ids=at, past_key_values=cache)
     assert cache.get_seq_length() == 334 and cache.report().layers[0].reads_packed == 4
+
+
+@pytest.mark.parametrize("mask", [attention.step_mask, masking_utils.sdpa_mask], ids=["ours", "twin-transformers"])
+def test_a_step_has_no_mask_where_transformers_makes_one_for_graphs(mask, model, monkeypatch):
+    """While a graph is captured, transformers 5.17 leaves no mask out."""
+    cache, at = read_prompt(model, "oscar"), torch.tensor([[330], [200]])
+    plain_step(model, cache, at)
+    monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False)
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, mask)
+    twin = mask is masking_utils.sdpa_mask
+    with pytest.raises(host_syncs.HostSync) if twin else nullcontext(), host_syncs.none_allowed():
+        plain_step(model, cache, at)
 
 
 def test_twin_a_step_that_looks_at_numbers_is_noticed(model, monkeypatch):

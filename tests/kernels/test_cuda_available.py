@@ -7,7 +7,7 @@ import torch
 
 from occamkv import kernels
 from occamkv.cli import doctor
-from occamkv.kernels.cuda import building
+from occamkv.kernels.cuda import building, launching
 from some_attention import METHODS
 
 FORM = METHODS["oscar"].packed_format
@@ -20,6 +20,8 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(building, "unavailable", lambda: None)
+    monkeypatch.setattr(building, "nvrtc_version", lambda: (13, 3))
+    monkeypatch.setattr(launching, "driver_version", lambda: (13, 0))
     return monkeypatch
 
 
@@ -54,6 +56,10 @@ CAUSES = {
         "not for 13.0",
     ),
     "torch for AMD": (lambda patch: patch.setattr(torch.version, "hip", "6.4"), "made for AMD's"),
+    "an old driver": (
+        lambda patch: patch.setattr(launching, "driver_version", lambda: (12, 8)),
+        "NVRTC 13.3 makes code that the driver, of CUDA 12.8, does not load",
+    ),
     "no NVRTC": (no_nvrtc, "pip install 'occamkv[cuda]'"),
 }
 

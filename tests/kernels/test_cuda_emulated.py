@@ -225,6 +225,7 @@ def test_the_backend_says_why_it_cannot_run_here():
     [
         ((7, 5), None),
         ((8, 0), "sm_80"),
+        ((8, 7), "sm_87"),
         ((8, 9), "sm_89"),
         ((9, 0), "sm_90a"),
         ((10, 3), "sm_100"),
@@ -315,6 +316,16 @@ def test_twin_a_record_that_is_none_is_noticed(monkeypatch, tmp_path):
     wrong = ("packed.cuh", "part == 0 || token + 32 * part < seen.end", "true")
     with mutated(monkeypatch, tmp_path, *wrong), pytest.raises(AssertionError):
         spoiled.check(Emulated())
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_no_number_on_a_gpu_is_none_in_the_result(dtype, monkeypatch, tmp_path):
+    """There each operation that gives a NaN gives the one whose bits are all ones, which no rounding may make -0."""
+    case = make_case(Method("oscar", Format()), held=(Held(0, 3, 0),), queries=1, dtype=dtype)
+    changes = ("a.q_dtype, shared.q[column][d]);", "a.q_dtype, bits_to_float(0x7fffffffu));")
+    with mutated(monkeypatch, tmp_path, "combine.cuh", *changes):
+        assert case.attend(Emulated()).isnan().all()
 
 
 def test_twin_another_order_of_bits_is_noticed(monkeypatch):

@@ -92,8 +92,8 @@ def test_any_format_has_the_bytes_of_the_reference(seed, launches):
     assert len(launches) == (3 if takes(format, head_dim) else 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(20))
 def test_a_gpu_writes_the_same_bytes(seed, monkeypatch):
     monkeypatch.setattr(launching, "launch", ON_GPU[0])
     monkeypatch.setattr(launching, "processors", ON_GPU[1])

@@ -63,7 +63,8 @@ for name in os.environ["NAMES"].split():
         launching.launch(call)
     except BackendUnavailable as refused:
         failures[name] = str(refused)
-print(json.dumps({"calls": calls, "devices": devices, "failures": failures, "streams": streams}))
+print(json.dumps({"calls": calls, "devices": devices, "failures": failures, "streams": streams,
+                  "driver": launching.driver_version()}))
 """
 
 
@@ -89,14 +90,20 @@ def test_a_kernel_is_loaded_once_and_launched_with_what_the_call_says(said):
     shared = building.plan(Kernel("attend", Format(), 128), "sm_90a").shared_bytes
     given = bytes(ctypes.c_int64(5)) + bytes(ctypes.c_float(0.5))
     launch = f"launch 22 6 8 2 128 1 1 {shared} 77 0 {given.hex()}"
-    loading = ["load machine code of sm_90a", "function 11 occamkv_attend", f"attribute 22 8 {shared}"]
+    loading = [
+        "load machine code of sm_90a",
+        "function 11 occamkv_attend",
+        f"attribute 22 8 {shared}",
+        "attribute 22 9 100",
+    ]
     assert said["calls"] == [
         "context 1103",
         *loading,
         launch,
         launch,
         "capture 77",
-    ]  # 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    ]  # 8 and 9: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, .._PREFERRED_SHARED_MEMORY_CARVEOUT
+    assert said["driver"] == [12, 8]
 
 
 def test_every_refusal_carries_the_name_that_cuda_gives_it(said):

@@ -201,7 +201,7 @@ def on(device: str, thing: Any) -> Any:
     return thing
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMS)
 def test_a_graph_on_a_gpu_does_what_the_emulator_does(name, monkeypatch):
     mirror = prompt(FORMS[name], "cuda", monkeypatch, tokens=250, dtype=torch.bfloat16)

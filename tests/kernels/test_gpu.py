@@ -1,20 +1,28 @@
 """What only a real GPU can show; skipped without one. The contract runs there by the marker `gpu`."""
 
 import ctypes
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
 
 import emulated_cuda
+from attention_truth import relative_error
+from deferred_stepper import stepping
 from gpu_cuda import OnGpu, moved
+from integrations.architectures import TINY
+from occamkv import PackedCache, kernels
 from occamkv.bench.gpu_errors import check_errors
 from occamkv.bench.gpu_timing import gpu_rig
+from occamkv.cache import LayerCache
+from occamkv.cache import layer as cache_layer
 from occamkv.formats.records import decode, to_groups
+from occamkv.integrations.transformers.replay import CapturedStep
 from occamkv.kernels import cuda, reference
 from occamkv.kernels.cuda import building, launching
-from occamkv.methods import method
-from some_attention import make_case
+from occamkv.methods import Method, method
+from some_attention import make_case, some_statistics
 
 gpu = pytest.mark.gpu
 
@@ -112,6 +120,61 @@ def test_a_captured_call_reads_what_lies_there_when_it_is_replayed():
         case.q.copy_(torch.randn_like(case.q))
         graph.replay()
         assert torch.equal(out, call())
+
+
+def outputs_of_steps(form: Method, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What 140 steps of a layer give after a prompt, on the CPU: the last of them reads what the first ones packed."""
+    monkeypatch.setattr(cache_layer, "backend_for", lambda *_: kernels.backend(backend))
+    cache = LayerCache(form, statistics=some_statistics(form, 2, 64))
+    generator = torch.Generator().manual_seed(0)
+    outs = []
+    for tokens in (300, *[1] * 140):
+        q, k, v = (torch.randn(2, heads, tokens, 64, generator=generator) for heads in (8, 2, 2))
+        cache.update(k.bfloat16().to(device), v.bfloat16().to(device))
+        outs.append(cache.attend(q.to(device)).cpu())
+    assert sum(cache.packed_tokens()) >= 2 * 256
+    return outs
+
+
+STEPPED = [
+    *(pytest.param(name, "cuda", marks=gpu) for name in ("oscar", "occam", "occam_small")),
+    *(pytest.param("oscar", where, marks=pytest.mark.emulator) for where in ("emulated", "twin")),
+]
+
+
+@pytest.mark.skipif(emulated_cuda.missing() is not None and not torch.cuda.is_available(), reason="no g++ here")
+@pytest.mark.parametrize(("name", "where"), STEPPED)
+def test_steps_of_a_layer_follow_the_reference(name, where, monkeypatch, tmp_path):
+    """Append and attend, step by step, without an emulator beside them: a GPU may be where no g++ is."""
+    wanted = outputs_of_steps(method(name), "cpu", "reference", monkeypatch)
+    with ExitStack() as stack:
+        if where != "cuda":
+            stack.enter_context(emulated_cuda.on_cpu())
+        if where == "twin":
+            changes = ("append.cuh", "positions[number % a.slots] = -1", "positions[number % a.slots] = number")
+            stack.enter_context(emulated_cuda.mutated(monkeypatch, tmp_path, *changes))
+            stack.enter_context(pytest.raises(AssertionError))
+        found = outputs_of_steps(method(name), "cuda" if where == "cuda" else "cpu", "cuda", monkeypatch)
+        assert max(relative_error(a, b) for a, b in zip(found, wanted, strict=True)) < 5e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_a_captured_model_gives_the_logits_of_eager_steps(device, monkeypatch):
+    """With whatever transformers does while a graph is captured; on a CPU graphs are those of `deferred_stepper`."""
+    model = TINY["llama"].build().to(device)
+    ids = torch.randint(90, (2, 170), generator=torch.Generator().manual_seed(0)).to(device)
+    with ExitStack() as stack:
+        if device == "cpu":
+            monkeypatch.setattr(kernels, "BACKENDS", ("reference",))
+            stack.enter_context(stepping("reference"))
+        caches = [PackedCache(model, "oscar") for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :150], past_key_values=cache)
+        with CapturedStep(model, caches[0], steps=20) as captured:
+            found = torch.cat([captured(token) for token in ids[:, 150:].split(1, dim=1)], dim=1)
+        steps = [model(token, past_key_values=caches[1]).logits for token in ids[:, 150:].split(1, dim=1)]
+    assert relative_error(found, torch.cat(steps, dim=1)) < 1e-3
 
 
 def test_everything_of_a_case_is_moved():

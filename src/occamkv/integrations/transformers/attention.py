@@ -219,7 +219,21 @@ def _attend_exactly(
     return out.transpose(1, 2).contiguous()
 
 
+def step_mask(**given: Any) -> Tensor | None:
+    """Return the mask that transformers makes, and none for one query that sees all: also while a graph is captured.
+
+    There transformers 5.17 makes one, as long as the cache is in the step that is captured; replays need a longer one.
+    """
+    queries = given["q_length"] if "q_length" in given else given["cache_position"].shape[0]
+    window = given.get("local_size")
+    plain = given.get("attention_mask") is None and given.get("allow_is_causal_skip", True)
+    if queries == 1 and plain and (window is None or given["kv_length"] < window):
+        return None
+    mask: Tensor | None = sdpa_mask(**given)
+    return mask
+
+
 def register() -> None:
     """Put our functions into transformers' registries; calling it again changes nothing."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, step_mask)

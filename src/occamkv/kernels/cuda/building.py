@@ -16,11 +16,11 @@ from occamkv.formats.format import channel_groups
 from occamkv.kernels.cuda.kernel import THREADS, Kernel
 
 SOURCES = Path(__file__).parent / "native"
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What the kernel is compiled for in tests. Cards between two of them run the code of the lower one."""
 
 _COLUMNS, _WARPS, _SOURCES = 8, 4, 32  # as in native/layout.cuh and native/shared.cuh
-_SHARED_BYTES = {"sm_80": 164, "sm_90a": 228, "sm_100": 228}  # KiB of a processor; 100 on the others
+_SHARED_BYTES = {"sm_80": 164, "sm_87": 164, "sm_90a": 228, "sm_100": 228}  # KiB of a processor; 100 on the others
 _SYSTEM_BYTES = 1024  # of each block
 
 MAX_SHARED_BYTES = 99 * 1024
@@ -128,6 +128,16 @@ def unavailable() -> str | None:
     return None
 
 
+def nvrtc_version() -> tuple[int, int]:
+    """Return the CUDA that NVRTC belongs to.
+
+    Raises:
+        BackendUnavailable: NVRTC is missing.
+    """
+    _, major, minor = _nvrtc().nvrtcVersion()
+    return int(major), int(minor)
+
+
 @cache
 def _nvrtc() -> Any:
     try:
@@ -154,7 +164,6 @@ def _cache_folder() -> Path:
 
 
 def _key(wanted: Build) -> str:
-    _, *version = _nvrtc().nvrtcVersion()
-    told = [wanted.name, wanted.architecture, str(version), str(sorted(wanted.macros.items()))]
+    told = [wanted.name, wanted.architecture, str(nvrtc_version()), str(sorted(wanted.macros.items()))]
     told += [path.name + path.read_text() for path in sorted(SOURCES.iterdir())]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:32]

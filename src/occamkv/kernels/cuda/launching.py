@@ -11,6 +11,7 @@ from occamkv.kernels.cuda import building
 from occamkv.kernels.cuda.kernel import THREADS, Call, Kernel
 
 _OLDEST = (8, 0)
+_ALL_SHARED = 100  # percent of a processor's L1: as many blocks share it as `building.plan` counts on
 
 
 def architecture_of(capability: tuple[int, int]) -> str | None:
@@ -18,7 +19,7 @@ def architecture_of(capability: tuple[int, int]) -> str | None:
 
     `sm_90a` runs on 9.0 alone. Others run on every later card of the same first digit.
     """
-    known = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100"}
+    known = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_87", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100"}
     if capability in known:
         return known[capability]
     same = {10: "sm_100", 12: "sm_120"}
@@ -36,7 +37,27 @@ def unavailable(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if architecture_of(capability) is None:
         return f"it is compiled for compute capability 8.0 and later, not for {'.'.join(map(str, capability))}"
-    return building.unavailable()
+    return building.unavailable() or _refuses_driver()
+
+
+def _refuses_driver() -> str | None:
+    """Return why the driver does not load what NVRTC makes: code of a later CUDA than its own, by the first number."""
+    driver, nvrtc = driver_version(), building.nvrtc_version()
+    if driver[0] >= nvrtc[0]:
+        return None
+    told = (".".join(map(str, version)) for version in (nvrtc, driver))
+    return "NVRTC {} makes code that the driver, of CUDA {}, does not load; install a later driver".format(*told)
+
+
+@cache
+def driver_version() -> tuple[int, int]:
+    """Return the CUDA that the driver was made for.
+
+    Raises:
+        BackendUnavailable: CUDA does not tell.
+    """
+    told = int(_check(_driver().cuDriverGetVersion()))
+    return told // 1000, told % 1000 // 10
 
 
 def processors(device: torch.device) -> int:
@@ -98,8 +119,13 @@ def _function(kernel: Kernel, index: int) -> tuple[Any, int]:
     build = building.plan(kernel, architecture)
     module = _check(driver.cuModuleLoadData(building.build(build)))
     function = _check(driver.cuModuleGetFunction(module, f"occamkv_{kernel.name}".encode()))
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(function, attribute, build.shared_bytes))
+    attribute = driver.CUfunction_attribute
+    most, carveout = (
+        attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+    )
+    _check(driver.cuFuncSetAttribute(function, most, build.shared_bytes))
+    _check(driver.cuFuncSetAttribute(function, carveout, _ALL_SHARED))
     return function, build.shared_bytes
 
 

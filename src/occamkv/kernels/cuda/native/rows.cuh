@@ -45,13 +45,10 @@ OKV_DEVICE void load_eight(const View &from, i64 index, float (&to)[8]) {
   }
 }
 
-// What a value becomes when it is stored in a tensor; a NaN stays one.
+// What a value becomes when it is stored in a tensor.
 OKV_DEVICE float stored(float x, int dtype) {
   if (dtype == FLOAT32) return x;
-  if (dtype == FLOAT16) return half_to_float(float_to_half(x));
-  const u32 bits = float_to_bits(x);
-  const u32 nearest = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
-  return bits_to_float((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : nearest);
+  return dtype == FLOAT16 ? half_to_float(float_to_half(x)) : bits_to_float((u32)float_to_bfloat(x) << 16);
 }
 
 template <int RADIX>

@@ -84,13 +84,15 @@ OKV_DEVICE float load_float(const void *x, i64 index, int dtype) {
   return dtype == FLOAT16 ? half_to_float(half) : bits_to_float((u32)half << 16);
 }
 
+// Rounded to nearest even; a NaN stays one.
+OKV_DEVICE u16 float_to_bfloat(float x) {
+  const u32 bits = float_to_bits(x);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? (u16)0x7fc0u : (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 OKV_DEVICE void store_float(void *x, i64 index, int dtype, float value) {
   if (dtype == FLOAT32) ((float *)x)[index] = value;
-  else if (dtype == FLOAT16) ((u16 *)x)[index] = float_to_half(value);
-  else {
-    const u32 bits = float_to_bits(value);
-    ((u16 *)x)[index] = (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-  }
+  else ((u16 *)x)[index] = dtype == FLOAT16 ? float_to_half(value) : float_to_bfloat(value);
 }
 
 // The orthonormal Hadamard rotation of 8 rows in shared memory, block by block of channels: two steps at a time, with one
