@@ -244,6 +244,13 @@ def test_what_cannot_be_recorded_is_refused_and_goes_on(what, model, monkeypatch
         assert cache.get_seq_length() == 333
 
 
+def test_frequencies_that_follow_the_length_are_refused(model):
+    cache = read_prompt(model, "oscar")
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(UnsupportedInput, match="looks at positions in each step"):
+        CapturedStep(model, cache, steps=5)
+
+
 @torch.no_grad()
 def test_backends_without_steps_devices_without_graphs_and_layers_that_grow_are_refused(model, monkeypatch):
     cache = read_prompt(model, "oscar")

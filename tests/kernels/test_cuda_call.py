@@ -70,6 +70,14 @@ def test_a_graph_cannot_hold_a_pool_that_has_grown(prepared, monkeypatch):
     prepared()
 
 
+def test_the_slabs_that_a_graph_reads_stay_where_they_are(prepared, monkeypatch):
+    prepared()
+    monkeypatch.setattr(launching, "stream_of", lambda device: (5, 1))
+    place = prepared().arguments.slabs
+    call._slab_table.cache_clear()
+    assert place in {table.data_ptr() for table in call._IN_GRAPHS.values()}
+
+
 @pytest.mark.parametrize(("asked", "graph", "checked"), [("", 0, False), ("1", 0, True), ("1", 3, False)])
 def test_tables_on_a_gpu_are_read_back_when_asked_for(asked, graph, checked, monkeypatch):
     monkeypatch.setattr(launching, "stream_of", lambda device: (5, graph))

@@ -15,6 +15,7 @@ from occamkv.cache.stepping import Stepping
 from occamkv.errors import CacheMismatch, UnsupportedInput
 from occamkv.integrations.transformers.layer import PackedLayer
 from occamkv.integrations.transformers.model import text_config
+from occamkv.integrations.transformers.rotary import follows_length
 from occamkv.kernels import Stepper
 
 
@@ -53,9 +54,12 @@ class CapturedStep:
         if len(stores) < len(caches) or not caches:
             raise UnsupportedInput("the cache holds no prompt yet; call the model with it first.")
         reason = f"its layers lie on {len(devices)} devices" if len(devices) > 1 else refuses_device(*devices)
+        text = text_config(model.config)
+        if reason is None and follows_length(text):
+            reason = "its rotary embedding looks at positions in each step (rope_type 'dynamic')"
         if reason is not None:
             raise UnsupportedInput(f"steps of this model cannot be recorded: {reason}. Call the model itself.")
-        heads = text_config(model.config).num_attention_heads
+        heads = text.num_attention_heads
         try:
             for one in caches:
                 stepping = one.reserve(steps, query_heads=heads)

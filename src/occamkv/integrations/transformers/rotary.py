@@ -23,6 +23,7 @@ from occamkv.ops.rope import KeyBias, Rotary
 _TOKENS = 12
 _OFFSET = 1000
 _MOST_DIFFERENT = 0.05  # mean over channels of error energy by energy; a wrong layout or table gives about 1
+_KIND = ("rope_type", "type")
 _CHANGES = ("dynamic", "longrope")
 
 _known: WeakKeyDictionary[nn.Module, dict[int, Rotary]] = WeakKeyDictionary()
@@ -80,7 +81,7 @@ def _every_channel(rotary: Rotary, head_dim: int) -> Rotary:
 
 def _recognized(model: nn.Module) -> dict[int, Rotary]:
     text = text_config(model.config)
-    if getattr(model.config, "is_encoder_decoder", False) or any(_unsteady(text.to_dict())):
+    if getattr(model.config, "is_encoder_decoder", False) or _unsteady(text):
         return {}
     candidates = list(_candidates(decoders(model)[-1]))
     if not candidates:
@@ -128,9 +129,23 @@ def _difference(rotary: Rotary, near: Tensor, far: Tensor) -> float:
     return float((error / energy.clamp_min(1e-20)).mean())
 
 
-def _unsteady(fields: Mapping[str, Any]) -> Iterator[bool]:
-    """Yield for each field of a configuration, at any depth, whether it makes positions more than numbers of tokens."""
+def follows_length(config: Any) -> bool:
+    """Return whether frequencies are chosen anew as a text grows: the model then looks at positions in each step."""
+    return any(name in _KIND and value == "dynamic" for name, value in _fields(config.to_dict()))
+
+
+def _unsteady(config: Any) -> bool:
+    """Return whether positions are more than numbers of tokens."""
+    return any(
+        (name == "mrope_section" and value is not None) or (name in _KIND and value in _CHANGES)
+        for name, value in _fields(config.to_dict())
+    )
+
+
+def _fields(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a configuration, at any depth."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
-            yield from _unsteady(value)
-        yield (name == "mrope_section" and value is not None) or (name in ("rope_type", "type") and value in _CHANGES)
+            yield from _fields(value)
+        else:
+            yield name, value

@@ -159,8 +159,11 @@ def _read(size_of: Any, read: Any, program: Any) -> bytes:
 
 
 def _cache_folder() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "occamkv" / "cuda"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # nobody's home is known
+        folder = Path(tempfile.gettempdir()) / "cache"
+    return folder / "occamkv" / "cuda"
 
 
 def _key(wanted: Build) -> str:

@@ -39,6 +39,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _FULL_TILE = 16  # tokens that a warp reads at a time
 _WARPS = 4
+_IN_GRAPHS: dict[tuple[tuple[int, ...], ...], Tensor] = {}  # slab tables that graphs may read for as long as they live
 _MOST_FULL_SPLITS = 8
 
 
@@ -193,7 +194,10 @@ def slab_table(slabs: Sequence[Pages], starts: Sequence[int], like: Tensor) -> T
     table = tuple(
         (start, *(_place(t, like) for t in _tensors(pages))) for start, pages in zip(starts, slabs, strict=True)
     )
-    return _slab_table(table, like.device)
+    found = _slab_table(table, like.device)
+    if launching.stream_of(like.device)[1]:
+        _IN_GRAPHS[table] = found
+    return found
 
 
 @lru_cache(maxsize=256)
