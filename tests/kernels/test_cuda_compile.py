@@ -270,6 +270,16 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
 
 
 @needs_nvrtc
+def test_a_user_without_a_home_is_no_error(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(building.Path, "home", nobody)
+    assert building.build(build_of(INT2, 64))
+
+
+@needs_nvrtc
 def test_what_the_compiler_says_is_passed_on():
     with pytest.raises(BackendUnavailable, match=r"does not compile .* for sm_90a"):
         building.compile_source(build_of(INT2, K_BITS=5))
