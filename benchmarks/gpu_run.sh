@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu_run.sh [OUTPUT_FOLDER]      default: build/gpu
 #
-# Needs a CUDA build of torch, transformers 5, and what `pip install 'occamkv[hf,cli,plots,cuda]' pytest hypothesis`
+# Needs a CUDA build of torch, transformers 5, and what `pip install '.[hf,cli,plots,cuda]' pytest hypothesis`
 # installs; nothing is downloaded. Without an installed occamkv the sources beside this script are taken. PYTHON names
 # another Python, GPU_RUN_SECONDS another limit. compute-sanitizer and ncu are used where they are. The card's
 # settings are left alone.

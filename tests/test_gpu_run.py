@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
@@ -125,6 +126,13 @@ def test_twin_an_option_that_is_not_there_is_seen():
 
     assert options_missing(["bench", "attend", "--devices", "cuda"]) == ["--devices"]
     assert options_missing(["bench", "atend", "--device", "cuda"]) != []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_tests_fail_and_are_not_skipped_in_silence():
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu_run.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "finds no NVIDIA GPU" in done.stdout + done.stderr
 
 
 def test_the_case_for_checkers_runs_on_a_cpu():

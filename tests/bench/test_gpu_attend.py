@@ -163,6 +163,7 @@ def test_ceilings_come_from_the_fastest_reduction():
         pytest.param({"batches": (0,)}, "batches", id="no batch"),
         pytest.param({"repetitions": 4}, "repetitions", id="few repetitions"),
         pytest.param({"budget_seconds": 0}, "budget is 0 seconds", id="no budget"),
+        pytest.param({"budget_seconds": float("nan")}, "budget is nan seconds", id="a budget that is no number"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(changes, words):
@@ -171,7 +172,7 @@ def test_what_cannot_be_measured_is_refused(changes, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["cuda", "cuda:1", "cpu"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "cpu", "CUDA", "nonsense", ""])
 def test_without_a_gpu_there_is_no_rig(name):
     with pytest.raises(UnsupportedInput, match=f"device '{name}' cannot be measured"):
         gpu_timing.gpu_rig(name)
@@ -197,3 +198,14 @@ def test_the_clock_of_graphs_starts_when_the_launch_is_already_waiting(behind, m
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles}"))
     assert gpu_timing._event_ms(lambda: done.append("run"), behind=behind) == 3.0
     assert done == ["wait", *(["sleep 9"] if behind else []), "start", "run", "end", "wait"]
+
+
+def test_a_gpu_that_does_not_answer_is_refused_with_its_own_words(monkeypatch):
+    def busy(device):
+        raise RuntimeError("CUDA error: device is busy\nand a page about it")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(UnsupportedInput, match="'cuda' cannot be measured: CUDA error: device is busy; allowed"):
+        gpu_timing.gpu_rig("cuda")

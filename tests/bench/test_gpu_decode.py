@@ -187,6 +187,7 @@ def test_less_is_tried_where_memory_runs_out(model, monkeypatch, eager_steps):
         pytest.param({"prefill_contexts": (1,)}, "prefill contexts", id="prompt of one"),
         pytest.param({"repetitions": 1}, "repetitions", id="few repetitions"),
         pytest.param({"contexts": (100,)}, "context 100", id="nothing packed"),
+        pytest.param({"repetitions": 100}, "context 300", id="more steps than tokens"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(changes, words):

@@ -28,8 +28,15 @@ def test_bytes_are_those_read_and_written():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"tokens": 100}, "tokens is 100"), ({"tokens": 2**19}, "tokens is"), ({"repetitions": 1}, "repetitions is 1")],
+    [
+        ({"tokens": 100}, "tokens is 100"),
+        ({"tokens": 2**19}, "tokens is"),
+        ({"repetitions": 1}, "repetitions is 1"),
+        ({"methods": ()}, "methods are ''"),
+        ({"methods": ("occam", "occam")}, "methods are 'occam, occam'"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(options, words):
+    given = {"methods": ("occam",), "tokens": 256, "repetitions": 5} | options
     with pytest.raises(UnsupportedInput, match=words):
-        bench_gpu_encode([SHAPE], ("occam",), cpu_rig(), CEILINGS, **{"tokens": 256, "repetitions": 5} | options)
+        bench_gpu_encode([SHAPE], rig=cpu_rig(), ceilings=CEILINGS, **given)

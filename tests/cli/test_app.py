@@ -95,6 +95,12 @@ def test_the_page_of_doctor_shows_what_the_json_holds(occamkv):
         assert word in shown
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_doctor_says_where_torch_finds_no_nvidia_gpu(occamkv, monkeypatch, there):
+    monkeypatch.setattr(doctor, "_devices", lambda: ["cpu", "cuda"] if there else ["cpu"])
+    assert (f"NVIDIA GPUs: torch {torch.__version__} finds none" in occamkv("doctor").out) != there
+
+
 def test_doctor_says_which_native_kernels_there_are(occamkv, monkeypatch):
     monkeypatch.setattr(library, "unavailable", lambda: None)
     monkeypatch.setattr(library, "isa", lambda: "avx2")

@@ -100,6 +100,7 @@ def test_an_error_that_is_too_large_stops_with_its_figures(small, monkeypatch, t
         pytest.param("decode", ["--dtypes", "bfloat16"], ["--dtypes"], id="dtypes"),
         pytest.param("decode", ["--model", "smollm2"], ["smollm2", "tiny"], id="model"),
         pytest.param("decode", ["--batches", "1"], ["batches"], id="batch of one"),
+        pytest.param("attend", ["--shapes", ""], ["shapes are ''"], id="no shape"),
         pytest.param("attend", ["--budget-seconds", "0"], ["budget"], id="no budget"),
         pytest.param("attend", ["--device", "cpu"], ["--batches", "--device cpu"], id="batches on a CPU"),
         pytest.param(

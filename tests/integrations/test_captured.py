@@ -18,6 +18,7 @@ from deferred_stepper import stepping
 from integrations.architectures import TINY
 from integrations.steps import difference, prompt, words
 from occamkv import PackedCache, kernels
+from occamkv.cache import LayerCache
 from occamkv.errors import CacheMismatch, UnsupportedInput
 from occamkv.evals.controls import packed_bytes
 from occamkv.integrations.transformers import attention, replay
@@ -268,6 +269,22 @@ def test_backends_without_steps_devices_without_graphs_and_layers_that_grow_are_
     mixed(words(200)[None], past_key_values=half)
     with pytest.raises(UnsupportedInput, match="layer 0 is not packed"):
         CapturedStep(mixed, half, steps=5)
+
+
+def test_without_memory_for_a_layer_the_cache_is_an_ordinary_one_again(model, monkeypatch):
+    cache, reserve = read_prompt(model, "oscar", {0: 200}), LayerCache.reserve
+
+    def full(layer, *args, **options):
+        if layer is cache.layers[-1].cache:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return reserve(layer, *args, **options)
+
+    before = cache.nbytes()
+    monkeypatch.setattr(LayerCache, "reserve", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        CapturedStep(model, cache, steps=500)
+    assert cache.nbytes() == before
+    copy.deepcopy(cache)
 
 
 def test_a_ragged_batch_is_not_described_anew_for_every_page(model, graphs):

@@ -45,6 +45,10 @@ def no_nvrtc(patch):
     patch.setitem(sys.modules, "cuda.bindings", None)
 
 
+def no_answer(device=None):
+    raise RuntimeError("CUDA error: all devices are busy\nand a page about it")
+
+
 CAUSES = {
     "no card": (lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), "finds no NVIDIA GPU"),
     "an old card": (
@@ -54,6 +58,10 @@ CAUSES = {
     "a card that nobody knows yet": (
         lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (13, 0)),
         "not for 13.0",
+    ),
+    "a card that does not answer": (
+        lambda patch: patch.setattr(torch.cuda, "get_device_capability", no_answer),
+        "cannot use this GPU (CUDA error: all devices are busy)",
     ),
     "torch for AMD": (lambda patch: patch.setattr(torch.version, "hip", "6.4"), "made for AMD's"),
     "an old driver": (

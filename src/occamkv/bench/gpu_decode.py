@@ -74,7 +74,13 @@ class GpuDecodeSetting:
         if self.prefill_contexts:
             check_list("prefill contexts", self.prefill_contexts, 2, MOST_TOKENS)
         shortest = min(*self.contexts, *self.batch_contexts)
-        check_setting(self.methods, self.repetitions, budget_seconds=self.budget_seconds, shortest=shortest)
+        given: dict[str, Any] = {"budget_seconds": self.budget_seconds, "shortest": shortest}
+        check_setting(self.methods, self.repetitions, newest=self.all_steps, **given)
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of all turns, two that do not count among them; so many of a context's tokens are decoded."""
+        return (self.repetitions + 2) * self.steps
 
     @property
     def chosen(self) -> list[Method]:
@@ -143,15 +149,14 @@ class ModelSteps:
 
     def packed(self, method: Method, context: int, batch: int, stack: ExitStack) -> tuple[Entrant, PackedCache]:
         """Return the entrant with a packed cache, and that; the end of `stack` ends the capture."""
-        setting = self.setting
+        total = self.setting.all_steps
         cache = PackedCache(self.model, method)
         prepare = partial(use_attention, self.model, NAME)
         prepare()
-        total = (setting.repetitions + 2) * setting.steps  # two turns that do not count
         self._fill(cache, context - total, batch)
         tokens = torch.ones(batch, 1, dtype=torch.int64, device=self.rig.device)
         captured = stack.enter_context(CapturedStep(self.model, cache, steps=total))
-        return Entrant(prepare, self.rig.queued([partial(captured, tokens)] * setting.steps)), cache
+        return Entrant(prepare, self.rig.queued([partial(captured, tokens)] * self.setting.steps)), cache
 
     def prefill(self, context: int) -> dict[str, Times]:
         """Return the times of one call that reads a prompt, by method and `STOCK`."""

@@ -9,9 +9,8 @@ from occamkv import kernels
 from occamkv.bench.attend import OURS
 from occamkv.bench.encode import encoder
 from occamkv.bench.gpu_ceilings import Ceilings
-from occamkv.bench.gpu_timing import Rig, spread, take_turns
+from occamkv.bench.gpu_timing import Rig, check_turns, spread, take_turns
 from occamkv.bench.inputs import Shape, packing_method
-from occamkv.bench.timing import MIN_REPETITIONS
 from occamkv.errors import UnsupportedInput
 from occamkv.formats import PAGE_TOKENS
 from occamkv.methods import Method
@@ -30,8 +29,7 @@ def bench_gpu_encode(
     """
     if tokens % PAGE_TOKENS or not 0 < tokens <= MOST_TOKENS:
         raise UnsupportedInput(f"tokens is {tokens}; allowed: a multiple of {PAGE_TOKENS} up to {MOST_TOKENS}.")
-    if repetitions < MIN_REPETITIONS:
-        raise UnsupportedInput(f"repetitions is {repetitions}; allowed: {MIN_REPETITIONS} or more.")
+    check_turns(methods, repetitions)
     chosen = [packing_method(name) for name in methods]
     return [_row(shape, one, rig, ceilings, tokens, repetitions) for shape in shapes for one in chosen]
 

@@ -51,19 +51,27 @@ class Rig:
         return max(1, -(-_TIMES_L2 * self.l2_bytes // nbytes))
 
 
-def check_setting(methods: Sequence[str], repetitions: int, *, budget_seconds: float, shortest: int) -> None:
-    """Refuse what no benchmark of a GPU can measure.
-
-    Raises:
-        UnsupportedInput: Methods twice or none, few repetitions, no time, or nothing packed in the shortest context.
-    """
+def check_turns(methods: Sequence[str], repetitions: int) -> None:
+    """Raise `UnsupportedInput` for methods twice or none, and few repetitions."""
     if not methods or len(set(methods)) < len(methods):
         raise UnsupportedInput(f"methods are {', '.join(methods)!r}; allowed: one or more, each once.")
     if repetitions < MIN_REPETITIONS:
         raise UnsupportedInput(f"repetitions is {repetitions}; allowed: {MIN_REPETITIONS} or more.")
+
+
+def check_setting(
+    methods: Sequence[str], repetitions: int, *, budget_seconds: float, shortest: int, newest: int = 1
+) -> None:
+    """Refuse what no benchmark of a GPU can measure.
+
+    Raises:
+        UnsupportedInput: As in `check_turns`; or no time, or nothing packed before the `newest` tokens of the shortest
+            context.
+    """
+    check_turns(methods, repetitions)
     Budget(budget_seconds)
     for name in methods:
-        packed_of(packing_method(name), shortest, 1)
+        packed_of(packing_method(name), shortest, newest)
 
 
 def most_calls(repetitions: int) -> int:
@@ -84,7 +92,7 @@ class Budget:
     """Seconds that may be used; a job is started while some are left."""
 
     def __init__(self, seconds: float) -> None:
-        if seconds <= 0:
+        if not seconds > 0:
             raise UnsupportedInput(f"budget is {seconds:g} seconds; allowed: more than 0.")
         self._seconds, self._start = seconds, monotonic()
 
@@ -100,15 +108,20 @@ def gpu_rig(name: str) -> Rig:
     Raises:
         UnsupportedInput: It is no CUDA device, or not here.
     """
-    device = torch.device(name)
-    if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    told = f"torch {torch.__version__} finds {found} NVIDIA GPUs here"
+    try:
+        device = torch.device(name)
+        if device.type != "cuda" or (device.index or 0) >= found:
+            raise RuntimeError(told)
+        torch.cuda.set_device(device)
+        properties = torch.cuda.get_device_properties(device)
+        free, _ = torch.cuda.mem_get_info(device)
+    except RuntimeError as error:  # no name of a device, or a GPU that does not answer
         raise UnsupportedInput(
-            f"device {name!r} cannot be measured: torch {torch.__version__} finds {torch.cuda.device_count()} NVIDIA "
-            "GPUs here; allowed: cpu, and cuda where there is one. `occamkv doctor` lists what is there."
-        )
-    torch.cuda.set_device(device)
-    properties = torch.cuda.get_device_properties(device)
-    free, _ = torch.cuda.mem_get_info(device)
+            f"device {name!r} cannot be measured: {first_line(error)}; allowed: cpu, and cuda where there is a GPU. "
+            "`occamkv doctor` lists what is there."
+        ) from error
     return Rig(device, graph_clock, event_clock, properties.L2_cache_size, int(_FREE_SHARE * free))
 
 

@@ -74,7 +74,7 @@ class LayerCache(Held):
             UnsupportedInput: Shape, dtype or values are not allowed. Nothing was changed.
             CacheMismatch: The cache holds another batch size, shape, dtype or device. Nothing was changed.
         """
-        check_kv(k, v, values=False)
+        check_kv(k, v)
         if self._tokens is not None:
             check_same(k, self._tokens.residual_k)
         else:

@@ -12,7 +12,7 @@ from occamkv.errors import CacheMismatch
 from occamkv.formats import PAGE_TOKENS, Format
 from occamkv.formats.records import LARGEST_TOKEN, check_storable
 from occamkv.methods.crossing import Crossing
-from occamkv.methods.method import check_kv
+from occamkv.methods.method import check_finite
 
 _SLICE_VALUES, _DEVICE_SLICE_VALUES = 2**18, 2**24  # K values that are rotated and appended at a time
 
@@ -35,7 +35,7 @@ class Waiting:
         """Raise `UnsupportedInput` unless its values can be packed, whatever group they will share."""
         if self.checked:
             return
-        check_kv(self.k, self.v)
+        check_finite(self.k, self.v)
         if crossing.bound(self.k, self.v) > LARGEST_TOKEN:  # only values near the limit need to be rotated to know
             at = torch.arange(self.k.shape[2], device=self.k.device).expand(self.k.shape[0], -1)
             check_storable(*enter(crossing, self.k, self.v, at), format=format)

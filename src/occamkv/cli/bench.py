@@ -67,7 +67,7 @@ def attend(
         from occamkv.cli.bench_gpu import attend_on_gpu
 
         options = _given(contexts=contexts, batches=batches, methods=methods, budget_seconds=budget_seconds)
-        found = attend_on_gpu(device, [] if shapes is None else _shapes(shapes), repetitions=repetitions, **options)
+        found = attend_on_gpu(device, None if shapes is None else _shapes(shapes), repetitions=repetitions, **options)
         report.finish(found, what="ms of one attention call of one layer")
         return
     _refuse("--device cpu", batches=batches, budget_seconds=budget_seconds)
@@ -102,7 +102,7 @@ def encode(
         from occamkv.cli.bench_gpu import encode_on_gpu
 
         options = _given(tokens=tokens, methods=methods)
-        found = encode_on_gpu(device, [] if shapes is None else _shapes(shapes), repetitions=repetitions, **options)
+        found = encode_on_gpu(device, None if shapes is None else _shapes(shapes), repetitions=repetitions, **options)
         report.finish(found, what="ms to encode tokens of one layer, from model space to records")
         return
     _set_isa(isa)

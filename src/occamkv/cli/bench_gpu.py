@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 EXIT_WRONG = 1
 
 
-def attend_on_gpu(device: str, shapes: Sequence[Shape], **options: Any) -> dict[str, Any]:
+def attend_on_gpu(device: str, shapes: Sequence[Shape] | None, **options: Any) -> dict[str, Any]:
     """Return errors, ceilings and times of attention; leave with exit code 1 where an error is too large."""
     from occamkv.bench import gpu_attend, gpu_timing
     from occamkv.bench.gpu_ceilings import measure_ceilings
     from occamkv.bench.gpu_errors import check_errors
 
-    setting = gpu_attend.GpuSetting(shapes or _shapes(gpu_attend.SHAPES), **options)
+    setting = gpu_attend.GpuSetting(_chosen(shapes), **options)
     rig = gpu_timing.gpu_rig(device)
     errors = check_errors(setting.chosen, rig)
     wrong = [
@@ -41,21 +41,19 @@ def attend_on_gpu(device: str, shapes: Sequence[Shape], **options: Any) -> dict[
 
 def encode_on_gpu(
     device: str,
-    shapes: Sequence[Shape],
+    shapes: Sequence[Shape] | None,
     *,
     repetitions: int,
     tokens: int = 2**15,
     methods: Sequence[str] = ("oscar", "occam"),
 ) -> dict[str, Any]:
     """Return ceilings and times of encoding."""
-    from occamkv.bench import gpu_attend, gpu_encode, gpu_timing
+    from occamkv.bench import gpu_encode, gpu_timing
     from occamkv.bench.gpu_ceilings import measure_ceilings
 
     rig = gpu_timing.gpu_rig(device)
     ceilings = measure_ceilings(rig)
-    rows = gpu_encode.bench_gpu_encode(
-        shapes or _shapes(gpu_attend.SHAPES), methods, rig, ceilings, tokens=tokens, repetitions=repetitions
-    )
+    rows = gpu_encode.bench_gpu_encode(_chosen(shapes), methods, rig, ceilings, tokens=tokens, repetitions=repetitions)
     return {"gpu": gpu_timing.gpu_conditions(rig.device), "ceilings": ceilings.to_json(), "rows": rows}
 
 
@@ -83,7 +81,9 @@ def _check_measured(rows: Sequence[Any], dropped: Sequence[str]) -> None:
         raise UnsupportedInput(f"nothing was measured: {'; '.join(dropped)}. Give fewer tokens or more seconds.")
 
 
-def _shapes(names: Sequence[str]) -> list[Shape]:
+def _chosen(shapes: Sequence[Shape] | None) -> Sequence[Shape]:
+    """Return the shapes that were given, or those of this benchmark."""
     from occamkv.bench import Shape
+    from occamkv.bench.gpu_attend import SHAPES
 
-    return [Shape(name, *map(int, name.split("/"))) for name in names]
+    return [Shape(name, *map(int, name.split("/"))) for name in SHAPES] if shapes is None else shapes

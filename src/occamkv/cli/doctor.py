@@ -51,6 +51,9 @@ def doctor(
     for device, reasons in everywhere.items():
         for reason in reasons:
             out.print(f"Whatever the method, on {device}: {reason}.", highlight=False, markup=False, soft_wrap=True)
+    if "cuda" not in everywhere:
+        torch_version = report["packages"]["torch"]["version"]
+        out.print(f"NVIDIA GPUs: torch {torch_version} finds none.", highlight=False, markup=False, soft_wrap=True)
     out.print(f"Native CPU kernels: {_told(report['native'])}", highlight=False, markup=False, soft_wrap=True)
     models = Table("bundled model", "state", "about")
     for row in report["models"]:

@@ -276,6 +276,7 @@ class Method:
 
         format = self.packed_format
         check_kv(k, v, multiple=PAGE_TOKENS)
+        check_finite(k, v)
         if self.k_rotation == "balanced" and balance is None:
             warnings.warn(f"{self} was given no balance vector; d = 1 (a plain Hadamard rotation).", stacklevel=2)
         if moment is not None and balance is None:
@@ -367,13 +368,11 @@ class Encoded:
         return self.pages.nbytes + (0 if vector is None else vector.nbytes)
 
 
-def check_kv(k: Tensor, v: Tensor, *, multiple: int = 1, values: bool = True) -> None:
-    """Raise unless K and V are `[B, H, T, D]` float tensors of one shape, dtype and device, with finite values.
-
-    Without `values` these are not looked at, so nothing waits for a GPU.
+def check_kv(k: Tensor, v: Tensor, *, multiple: int = 1) -> None:
+    """Raise unless K and V are `[B, H, T, D]` float tensors of one shape, dtype and device.
 
     Raises:
-        UnsupportedInput: Shape, dtype, device or values are not allowed.
+        UnsupportedInput: Shape, dtype or device are not allowed.
         UnsupportedFormat: The head_dim cannot be stored.
     """
     given = f"K {tuple(k.shape)} {k.dtype} on {k.device}, V {tuple(v.shape)} {v.dtype} on {v.device}"
@@ -386,7 +385,11 @@ def check_kv(k: Tensor, v: Tensor, *, multiple: int = 1, values: bool = True) ->
     if k.shape[0] == 0 or k.shape[1] == 0 or k.shape[2] % multiple or no_tokens:
         wanted = f", T a multiple of {multiple} and not 0" if multiple > 1 else ""
         raise UnsupportedInput(f"{given}; allowed: at least one sequence and one head{wanted}.")
-    for name, x in (("K", k), ("V", v)) if values else ():
+
+
+def check_finite(k: Tensor, v: Tensor) -> None:
+    """Raise `UnsupportedInput` unless all values of K and V are finite. A GPU is waited for."""
+    for name, x in (("K", k), ("V", v)):
         if not bool(x.isfinite().all()):
             bad = x.isfinite().logical_not()
             raise UnsupportedInput(

@@ -24,7 +24,8 @@ class CapturedStep:
 
     ```python
     cache = PackedCache(model)
-    logits = model(input_ids, past_key_values=cache).logits[:, -1:]
+    with torch.no_grad():
+        logits = model(input_ids, past_key_values=cache).logits[:, -1:]
     with CapturedStep(model, cache, steps=256) as captured:
         for _ in range(256):
             logits = captured(logits.argmax(-1))
@@ -64,7 +65,7 @@ class CapturedStep:
             for one in caches:
                 stepping = one.reserve(steps, query_heads=heads)
                 self._layers.append((one, stepping, stepping.stepper))
-        except UnsupportedInput:
+        except BaseException:  # memory that is not there, too
             self.close()
             raise
         self._positions = torch.tensor([[row.tokens] for row in stores[0].rows], device=stores[0].residual_k.device)

@@ -6,6 +6,7 @@ Needs no GPU: NVRTC comes with the extra `cuda`.
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,16 +60,14 @@ def build(wanted: Build) -> bytes:
         BackendUnavailable: NVRTC is missing, or it refuses the source.
     """
     place = _cache_folder() / f"{_key(wanted)}.cubin"
-    if place.is_file():
+    with suppress(OSError):  # not there, or not for us to read
         return place.read_bytes()
     cubin, _ = compile_source(wanted)
-    try:
+    with suppress(OSError):  # a cache that cannot be written costs the next process half a second
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
             file.write(cubin)
         Path(file.name).replace(place)
-    except OSError:  # a cache that cannot be written costs the next process half a second
-        pass
     return cubin
 
 
@@ -160,10 +159,10 @@ def _read(size_of: Any, read: Any, program: Any) -> bytes:
 
 def _cache_folder() -> Path:
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # nobody's home is known
-        folder = Path(tempfile.gettempdir()) / "cache"
-    return folder / "occamkv" / "cuda"
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers: nothing can be kept
+        folder = os.devnull
+    return Path(folder) / "occamkv" / "cuda"
 
 
 def _key(wanted: Build) -> str:

@@ -34,7 +34,10 @@ def unavailable(device: torch.device) -> str | None:
         return "torch finds no NVIDIA GPU here"
     if torch.version.hip is not None:
         return "it runs on NVIDIA GPUs, and this torch is made for AMD's"
-    capability = torch.cuda.get_device_capability(device)
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (RuntimeError, AssertionError) as error:
+        return f"torch cannot use this GPU ({str(error).partition(chr(10))[0]})"
     if architecture_of(capability) is None:
         return f"it is compiled for compute capability 8.0 and later, not for {'.'.join(map(str, capability))}"
     return building.unavailable() or _refuses_driver()
