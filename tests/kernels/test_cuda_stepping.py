@@ -52,12 +52,12 @@ def launches(monkeypatch):
     return calls
 
 
-def prompt(form: Method, name: str, monkeypatch: Any, *, tokens: int = 300, **options: Any) -> Mirror:
-    """A cache of a backend with a prompt of two sequences, the second with 70 pads on its left."""
+def prompt(form: Method, name: str, monkeypatch: Any, *, tokens: int = 300, pads: int = 70, **options: Any) -> Mirror:
+    """A cache of a backend with a prompt of two sequences, the second with `pads` on its left."""
     monkeypatch.setattr(cache_layer, "backend_for", lambda *_: kernels.backend(name))
     mirror = Mirror(form, batch=2, **options)
     kept = torch.ones(2, tokens, dtype=torch.bool)
-    kept[-1, :70] = False
+    kept[-1, :pads] = False
     seen = mirror.put(*mirror.fresh(tokens), kept)
     mirror.cache.attend(torch.randn(2, 2 * mirror.shape[0], tokens, mirror.shape[1]).to(mirror.dtype), seen=seen)
     return mirror
