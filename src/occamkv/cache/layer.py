@@ -199,9 +199,8 @@ class LayerCache(Held):
             raise UnsupportedInput("packing waits for more than attention here, so steps cannot be recorded.")
         self.commit()
         self._end_stepping()
-        stepping = self._new_stepping()
+        self._stepping = stepping = self._new_stepping()  # whatever goes wrong below, it gives its pages back
         stepping.reserve(steps, query_heads=query_heads)
-        self._stepping = stepping
         return stepping
 
     def finish(self, stepping: Stepping) -> None:

@@ -60,7 +60,7 @@ class CapturedStep:
             for one in caches:
                 stepping = one.reserve(steps, query_heads=heads)
                 self._layers.append((one, stepping, stepping.stepper))
-        except UnsupportedInput:
+        except Exception:
             self.close()
             raise
         self._positions = torch.tensor([[row.tokens] for row in stores[0].rows], device=stores[0].residual_k.device)

@@ -1,0 +1,47 @@
+"""What is left of a cache when recorded steps go wrong before their end."""
+
+import copy
+
+import pytest
+import torch
+
+from integrations import test_captured
+from occamkv import kernels
+from occamkv.errors import CacheMismatch, UnsupportedInput
+from occamkv.integrations.transformers.replay import CapturedStep
+
+graphs, model = test_captured.graphs, test_captured.model
+
+
+@torch.no_grad()
+def test_bad_values_in_replays_are_told_to_all_who_come_before_the_end(model):
+    cache = test_captured.read_prompt(model, "kivi", {0: 200, 1: 200})
+    captured = CapturedStep(model, cache, steps=20)
+    captured(test_captured.tokens_of(1))
+    model.model.layers[1].self_attn.v_proj.weight.data[0] *= float("nan")
+    captured(test_captured.tokens_of(1))
+    for _ in range(2):
+        with pytest.raises(UnsupportedInput, match="cannot be packed"):
+            cache.crop(-1)
+    with pytest.raises(UnsupportedInput, match="cannot be packed"):
+        captured.close()
+    with pytest.raises(CacheMismatch, match=r"reset\(\) it first"):
+        model(test_captured.tokens_of(1), past_key_values=cache)
+
+
+def test_what_was_reserved_goes_back_when_a_later_layer_fails(model, monkeypatch):
+    cache = test_captured.read_prompt(model, "oscar")
+    held, backend = cache.nbytes(), kernels.backend("reference")
+    made, layers = backend.stepper, []
+
+    def fails(layer):
+        layers.append(layer)
+        if len(layers) == len(cache.layers):
+            raise MemoryError("no room")
+        return made(layer)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="no room"):
+        patch.setattr(backend, "stepper", fails)
+        CapturedStep(model, cache, steps=500)
+    assert cache.nbytes() == held
+    copy.deepcopy(cache)
