@@ -141,6 +141,20 @@ def test_eager_steps_may_come_between(model):
     assert_same_cache(cache, other)
 
 
+def test_an_eager_step_beyond_what_was_reserved_packs_what_a_replay_has_left_over(model):
+    """After 5 steps the first sequence owes a flush; the next step gives the second one a page."""
+    cache, other = (read_prompt(model, "occam", {0: 287, 1: 254}) for _ in range(2))
+    tokens = tokens_of(40)
+    captured = CapturedStep(model, cache, steps=5)
+    for step in tokens[:, :5].split(1, dim=1):
+        captured(step)
+    assert max(captured._layers[0][1].stepper.held) == 128
+    expected = eager(model, other, tokens)[:, 5:]
+    assert difference(eager(model, cache, tokens[:, 5:]), expected) < 1e-5
+    captured.close()
+    assert_same_cache(cache, other)
+
+
 def test_twin_a_flush_that_was_forgotten_is_noticed(model, monkeypatch):
     tokens = tokens_of(56)
     cache, other = (read_prompt(model, "oscar_roll") for _ in range(2))
