@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from cache_mirror import page_of
 from integrations import test_captured
 from occamkv import kernels
 from occamkv.errors import CacheMismatch, UnsupportedInput
@@ -45,3 +46,18 @@ def test_what_was_reserved_goes_back_when_a_later_layer_fails(model, monkeypatch
         CapturedStep(model, cache, steps=500)
     assert cache.nbytes() == held
     copy.deepcopy(cache)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"), [("oscar", 200), ("oscar_roll", 40)], ids=["new page", "page begun before"]
+)
+def test_bad_bytes_that_replays_have_packed_are_found_at_the_end(method, steps, model):
+    cache = test_captured.read_prompt(model, method)
+    captured = CapturedStep(model, cache, steps=200)
+    for step in test_captured.tokens_of(steps).split(1, dim=1):
+        captured(step)
+    store = cache.layers[1].cache.store
+    slab, page = page_of(store.pool.slabs, store.pool.starts, store.rows[0].pages[-1])
+    slab.records[page] = 0xFF
+    with pytest.raises(UnsupportedInput, match="held a NaN, an infinity"):
+        captured.close()
