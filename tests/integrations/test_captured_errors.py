@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cache_mirror import page_of
+from deferred_stepper import DeferredStepper
 from integrations import test_captured
 from occamkv import kernels
 from occamkv.errors import CacheMismatch, UnsupportedInput
@@ -61,3 +62,24 @@ def test_bad_bytes_that_replays_have_packed_are_found_at_the_end(method, steps, 
     slab.records[page] = 0xFF
     with pytest.raises(UnsupportedInput, match="held a NaN, an infinity"):
         captured.close()
+
+
+def test_a_sequence_that_waits_for_min_tokens_in_a_ring_of_usual_size_is_not_replayed(model):
+    cache = test_captured.read_prompt(model, "oscar", {0: 330, 1: 100}, min_tokens=150)
+    with pytest.raises(UnsupportedInput, match="below min_tokens"):
+        CapturedStep(model, cache, steps=40)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e6])
+def test_a_bad_token_that_would_be_packed_at_once_is_refused(bad, model, monkeypatch):
+    cache = test_captured.read_prompt(model, "kivi")
+    before = cache.layers[1].cache.packed_tokens()
+    while max(row.residual for row in cache.layers[1].cache.store.rows) < 127:
+        test_captured.eager(model, cache, test_captured.tokens_of(1))
+    model.model.layers[1].self_attn.v_proj.weight.data[0] *= bad
+    taken, run = [], DeferredStepper._run
+    monkeypatch.setattr(DeferredStepper, "_run", lambda *given, **more: taken.append(given) or run(*given, **more))
+    with pytest.raises(UnsupportedInput):
+        test_captured.eager(model, cache, test_captured.tokens_of(1))
+    assert cache.layers[1].cache.packed_tokens() == before
+    assert len(taken) == 1, "layer 0 alone: a GPU would tell only later"

@@ -1,5 +1,9 @@
 """A layer cache on the CUDA backend, on a CPU: what a step leaves to the long way, and errors that come late."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,9 +11,10 @@ from torch import Tensor
 import emulated_cuda
 from attention_truth import relative_error
 from cache_mirror import Mirror, assert_same_contents, contents
-from kernels.test_cuda_stepping import in_native_order, prompt
+from kernels.test_cuda_stepping import in_native_order, prompt, with_room
 from occamkv.errors import UnsupportedInput
-from occamkv.kernels.cuda import stepping
+from occamkv.kernels import cuda
+from occamkv.kernels.cuda import launching, stepping
 from occamkv.methods import Method, method
 
 pytestmark = pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
@@ -73,3 +78,48 @@ def test_what_a_step_could_not_store_is_told_until_the_reset_whoever_comes_next(
             change()
     mirror.cache.reset()
     assert mirror.cache.length == 0 and mirror.cache.nbytes()["packed"] == 0
+
+
+def test_a_step_is_described_anew_when_what_it_is_given_is_another(monkeypatch):
+    mirror = prompt(method("oscar"), "cuda", monkeypatch, tokens=250)
+    layer = with_room(mirror, 1)
+    kept, anew = cuda.stepper(copy.deepcopy(layer)), cuda.stepper(copy.deepcopy(layer))
+    sinks, others = torch.ones(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.bfloat16)
+
+    def plain(x: Tensor) -> Tensor:
+        return x.clone()
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.cat((x, x + 9), dim=2)[:, :, :1]
+
+    def unaligned(x: Tensor) -> Tensor:
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    cases = ((sinks, plain), (sinks, plain), (others, plain), (None, apart), (None, plain), (None, unaligned))
+    for number, (given, way) in enumerate(cases):
+        if number == 1:
+            sinks.mul_(-3), others.add_(5)
+        q, (k, v) = torch.ones(2, 4, 1, 32), mirror.fresh(1)
+        anew._alike = []
+        outs = [
+            step(way(q), way(k), way(v), due=[0, 0], scale=None, window=None, softcap=None, sinks=given)
+            for step in (kept, anew)
+        ]
+        assert torch.equal(*outs), number
+        assert kept._arguments.k.aligned == anew._arguments.k.aligned == (way is not unaligned)
+
+
+def test_steppers_count_apart_and_keep_what_was_captured(monkeypatch):
+    mirror = prompt(method("oscar"), "cuda", monkeypatch, tokens=250)
+    first, second = (cuda.stepper(with_room(mirror, 1)) for _ in range(2))
+    given = {"due": [0, 0], "window": None, "softcap": None, "sinks": None}
+    k, v = mirror.fresh(1)
+    for one in (first, second):
+        with monkeypatch.context() as patch:
+            patch.setattr(launching, "capturing", lambda device: True)
+            one(torch.ones(2, 4, 1, 32), k, v, scale=None, **given)
+    assert first._attend.arguments.counters != second._attend.arguments.counters
+    memory = [weakref.ref(x) for x in first._attend.keep]
+    first(torch.ones(2, 4, 1, 32), k, v, scale=1.0, **given)
+    gc.collect()
+    assert memory and all(x() is not None for x in memory), "a graph writes there"
