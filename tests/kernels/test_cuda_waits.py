@@ -60,6 +60,19 @@ def test_what_waits_and_what_leaves_is_that_of_the_reference(form: Method, optio
         assert_same_contents(contents(fast.cache, row), contents(slow.cache, row))
 
 
+def test_sequences_that_share_a_page_write_into_their_own(monkeypatch):
+    caches = [prompt(method("occam"), name, monkeypatch) for name in ("cuda", "reference")]
+    for mirror in caches:
+        mirror.cache.remove(95)  # or tokens that both hold would fill the page
+        mirror.cache.select([0, 0])
+        mirror.real, mirror.k, mirror.v = mirror.real[[0, 0], :-95], mirror.k[:1] * 2, mirror.v[:1] * 2
+        assert mirror.cache.store.rows[0].packed % 128
+        steps(mirror, 120)
+    in_native_order(caches[1].cache)
+    for row in range(2):
+        assert_same_contents(*(contents(mirror.cache, row) for mirror in caches))
+
+
 def test_what_a_step_could_not_store_is_told_until_the_reset_whoever_comes_next(monkeypatch):
     mirror = prompt(method("kivi"), "cuda", monkeypatch, tokens=250)
     steps(mirror, 3)
