@@ -1,6 +1,7 @@
 """`bench_gpu_attend` on a CPU with a made-up clock: what is compared with what, in which order, what is left out."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -144,13 +145,24 @@ def test_without_any_stock_the_case_is_left_out(monkeypatch):
     assert found == [] and "nothing in bfloat16 takes it" in dropped[0]
 
 
-def test_ceilings_come_from_the_fastest_reduction():
-    clock = iter([4.0, 2.0, 1.0, 8.0])
+def test_ceilings_come_from_the_fastest_turn_of_the_fastest_reduction():
+    clock, turns = iter([4.0, 2.0, 1.0, 8.0]), Counter()
     by_contestant = {}
-    rig = cpu_rig(memory_bytes=2**22, ms_of=lambda call: by_contestant.setdefault(str(call), next(clock, 9.0)))
-    found = measure_ceilings(rig)
+
+    def ms_of(call):
+        turns[str(call)] += 1
+        best = by_contestant.setdefault(str(call), next(clock, 9.0))
+        return best if turns[str(call)] == 3 else 20 * best
+
+    found = measure_ceilings(cpu_rig(memory_bytes=2**22, ms_of=ms_of))
     assert found.copy_gb_per_s == pytest.approx(2 * 2**20 / 4.0 / 1e6)
     assert found.read_gb_per_s == pytest.approx(2**20 / 1.0 / 1e6)
+
+
+def test_medians_and_extremes_are_of_all_turns_but_the_first():
+    told = iter([500.0, 3.0, 1.0, 2.0, 9.0, 4.0])
+    times = gpu_timing.take_turns({"one": lambda: next(told)}, 5)["one"]
+    assert gpu_timing.spread(times) == {"ms": 3.0, "ms_min": 1.0, "ms_max": 9.0, "repetitions": 5}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import torch
 import pretend_device
 from integrations.architectures import TINY
 from integrations.steps import prompt, words
-from occamkv import PackedCache
+from occamkv import PackedCache, kernels
+from occamkv.kernels import StepLayer
 from occamkv.methods import method
 from pretend_device import NAME
 
@@ -62,6 +63,15 @@ def test_crop_choice_of_sequences_and_dense_reads():
     model(words(5).repeat(3, 1).to(NAME), past_key_values=cache)
     assert cache.layers[0].keys.device.type == NAME
     assert_on_device(cache)
+
+
+def test_a_bias_of_pins_lies_where_whole_steps_read_it(monkeypatch):
+    layers: list[StepLayer] = []
+    monkeypatch.setattr(kernels.backend("reference"), "stepper", layers.append)
+    model = TINY["llama"].build().to(NAME)
+    cache = PackedCache(model, "occam", pin_bias=0.5)
+    model.generate(words(200)[None].to(NAME), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert layers and all(layer.pins.logit_bias.device.type == NAME for layer in layers)
 
 
 def test_twin_a_cache_on_the_cpu_is_not_on_the_device():

@@ -215,7 +215,8 @@ def test_the_backend_says_why_it_cannot_run_here():
     assert "not on cpu" in cuda.refuses(format, cpu)
     assert "one for each token" in cuda.refuses(METHODS["rtn"].packed_format, torch.device("cuda"))
     assert "multiples of 8, not 20" in cuda.refuses(format, torch.device("cuda"), 20)
-    assert "lloyd levels" in cuda.refuses(METHODS["lloyd-max-levels-of-2.5-and-3-bits"].packed_format, cpu, 20)
+    lloyd = METHODS["lloyd-max-levels-of-2.5-and-3-bits"].packed_format
+    assert "lloyd levels" in cuda.refuses(lloyd, torch.device("cuda"), 20)
     if not torch.cuda.is_available():
         assert "no NVIDIA GPU" in cuda.refuses(format, torch.device("cuda"))
 

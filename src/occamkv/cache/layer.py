@@ -185,9 +185,9 @@ class LayerCache(Held):
 
     def _end_stepping(self) -> None:
         """Leave the store as its counts say, and free; whoever changes it comes here first."""
-        stepping, self._stepping = self._stepping, None
-        if stepping is not None:
-            stepping.end()
+        if self._stepping is not None:
+            self._stepping.end()
+            self._stepping = None
 
     def reserve(self, steps: int, *, query_heads: int) -> Stepping:
         """Make ready for so many plain steps of one token that are recorded once and then replayed.
@@ -199,9 +199,8 @@ class LayerCache(Held):
             raise UnsupportedInput("packing waits for more than attention here, so steps cannot be recorded.")
         self.commit()
         self._end_stepping()
-        stepping = self._new_stepping()
+        self._stepping = stepping = self._new_stepping()  # whatever goes wrong below, it gives its pages back
         stepping.reserve(steps, query_heads=query_heads)
-        self._stepping = stepping
         return stepping
 
     def finish(self, stepping: Stepping) -> None:
@@ -258,8 +257,8 @@ class LayerCache(Held):
         if self.chooser is not None and any(self._store().due_after(new)):
             self.adopt(self.chooser.choose(self))
         at, store = self._query_positions(self.step.k), self._store()
-        step, self.step = self.step, None
         self._end_stepping()
+        step, self.step = self.step, None
         try:
             step.check(self._cross, self.method.packed_format)
             store.reserve(new)

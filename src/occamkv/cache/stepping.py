@@ -36,7 +36,8 @@ class Stepping:
     """
 
     def __init__(self, store: Store, crossing: Crossing, *, pin_bias: Tensor | None = None) -> None:
-        self._store, self._crossing, self._pin_bias = store, crossing, pin_bias
+        self._store, self._crossing = store, crossing
+        self._pin_bias = None if pin_bias is None else pin_bias.to(store.residual_k.device)
         self._spare: list[list[int]] = [[] for _ in store.rows]
         self._held: list[int] | None = None
         self._owes = self._replayed = False
@@ -70,7 +71,8 @@ class Stepping:
         due = store.due_after([1] * len(rows))
         shrinks = room != store.ring_slots  # it was made larger to wait for min_tokens
         slides = any(method.dropped_tokens(row.packed + n) > row.dropped for row, n in zip(rows, due, strict=True))
-        return None if any(due) and (method.finds_pins or shrinks or slides) else due
+        waits = any(row.residual + 1 >= PAGE_TOKENS and not n for row, n in zip(rows, due, strict=True))  # for it, too
+        return None if any(due) and (method.finds_pins or shrinks or slides or waits) else due
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **options: object) -> Tensor | None:
         """Take one token of every sequence; None if this step needs the long way, and nothing has changed.
@@ -96,6 +98,7 @@ class Stepping:
         out = self.stepper(q, k, v, due=due, sinks=sinks, **options)  # type: ignore[arg-type]
         if not self.recording:
             self._count(due)
+            self._owes |= any(due)  # what a device could not store it tells later
         return out
 
     @property
@@ -199,7 +202,11 @@ class Stepping:
         self._owes = self._replayed = True
 
     def settle(self) -> None:
-        """Pack what replayed steps have left over, so that the store is what its counts say."""
+        """Pack what replayed steps have left over, so that the store is what its counts say.
+
+        Raises:
+            UnsupportedInput: A step could not be stored. It is raised again until the layer is reset.
+        """
         if self._owes and self.stepper is not None:
             self.stepper.settle()
         self._owes = False
@@ -219,12 +226,13 @@ class Stepping:
         """Settle, and give back the pages that were not needed.
 
         Raises:
-            UnsupportedInput: A replayed step stored what is no number.
+            UnsupportedInput: A step could not be stored, or a replayed one stored what is no number. Nothing was
+                given back, and it is raised again until the layer is reset.
         """
         self.settle()
-        self._give_back()
         if self._replayed:
             self._check_replayed()
+        self._give_back()
 
     def _check_replayed(self) -> None:
         """Raise unless all that was stored since `reserve` are numbers: replays look at none."""
@@ -244,7 +252,7 @@ class Stepping:
         bias = None if self._pin_bias is None else self._pin_bias.expand(query_heads)
         store, method, crossing = self._store, self._store.method, self._crossing
         rows = store.rows
-        waits = method.finds_pins or method.window is not None or store.residual_k.shape[2] != store.ring_slots
+        waits = method.finds_pins or store.residual_k.shape[2] != store.ring_slots  # then no plain step packs
         return StepLayer(
             slabs=store.pool.slabs,
             starts=store.pool.starts,

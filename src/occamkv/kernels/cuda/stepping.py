@@ -169,7 +169,8 @@ class LayerStep:
         """
         launching.launch(self._pack)
         self.residual[:] = self._state[1].tolist()
-        self._refuse(int(self._flags))
+        self._told.copy_(self._flags)
+        self._refuse(self._raised.value)
 
     def _describe(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         """Describe the attend call unless the last step's was like it, but for the places of q, k, v and the result."""
