@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import some_gpu_result
-from occamkv.bench import gpu_capacity, gpu_errors, gpu_timing
+from occamkv.bench import gpu_attend, gpu_capacity, gpu_decode, gpu_errors, gpu_timing
 from occamkv.bench.result import check
 from occamkv.cli import bench_gpu_tables, bench_tables, models
 from one_line_error import complaints
@@ -67,6 +67,31 @@ def test_json_fits_the_schema_and_the_table_shows_it(small, kind, tmp_path):
         assert (f"{row['ratio']:.2f}" if kind != "encode" else f"{row['gb_per_s']:.0f}") in done.out
     assert ("largest error against float64" in done.out) == (kind == "attend")
     assert ("largest batch, tried" in done.out) == (kind == "decode")
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "name"), [("attend", gpu_attend, "_rows"), ("decode", gpu_decode, "_prefill_rows")]
+)
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("CUDA error: an illegal address"), 1), (torch.OutOfMemoryError("full"), 0)]
+)
+def test_a_case_that_fails_costs_no_other_and_the_exit_code(
+    small, kind, module, name, error, code, monkeypatch, tmp_path
+):
+    real, calls = getattr(module, name), []
+
+    def rows(*given):
+        calls.append(given)
+        if len(calls) == 1:
+            raise error
+        return real(*given)
+
+    monkeypatch.setattr(module, name, rows)
+    done = small(kind, "--json", tmp_path / "a.json")
+    assert done.code == code
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["rows"] and any(str(error) in case for case in result["dropped"])
+    assert (" failed: " in done.err) == (code == 1)
 
 
 @pytest.mark.parametrize("kind", ["attend", "decode"])

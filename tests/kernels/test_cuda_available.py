@@ -53,7 +53,7 @@ CAUSES = {
     "no card": (lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), "finds no NVIDIA GPU"),
     "an old card": (
         lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5)),
-        "8.0 and later, not for 7.5",
+        "8, 9.0, 10 and 12, not for 7.5",
     ),
     "a card that nobody knows yet": (
         lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (13, 0)),

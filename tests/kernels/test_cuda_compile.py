@@ -270,6 +270,21 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("call", ["nvrtcCreateProgram", "nvrtcGetProgramLog", "nvrtcGetCUBINSize"])
+def test_no_refusal_of_the_compiler_is_overlooked(call, monkeypatch):
+    nvrtc = building._nvrtc()
+
+    class Refusing:
+        def __getattr__(self, name: str) -> object:
+            real = getattr(nvrtc, name)
+            return real if name != call else lambda *_: (nvrtc.nvrtcResult.NVRTC_ERROR_OUT_OF_MEMORY, None)
+
+    monkeypatch.setattr(building, "_nvrtc", Refusing)
+    with pytest.raises(BackendUnavailable, match="NVRTC_ERROR_OUT_OF_MEMORY"):
+        building.compile_source(build_of(INT2, 64))
+
+
+@needs_nvrtc
 def test_what_the_compiler_says_is_passed_on():
     with pytest.raises(BackendUnavailable, match=r"does not compile .* for sm_90a"):
         building.compile_source(build_of(INT2, K_BITS=5))

@@ -15,12 +15,14 @@ from occamkv.bench.attend import OURS
 from occamkv.bench.gpu_ceilings import Ceilings
 from occamkv.bench.gpu_stock import makers, missing, refusal
 from occamkv.bench.gpu_timing import (
+    ENDS_A_CASE,
     REFUSALS,
     Budget,
     Dropped,
     Rig,
     check_setting,
     first_line,
+    left_out,
     most_calls,
     spread,
     take_turns,
@@ -113,8 +115,8 @@ def bench_gpu_attend(
         else:
             try:
                 rows += _rows(case, setting, rig, ceilings)
-            except (Dropped, torch.OutOfMemoryError) as reason:
-                dropped.append(f"{case}: {first_line(reason)}")
+            except ENDS_A_CASE as reason:
+                dropped.append(f"{case}: {left_out(reason)}")
         if progress is not None:
             progress("attention", done + 1, len(cases))
         if rig.device.type == "cuda":

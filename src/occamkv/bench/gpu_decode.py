@@ -22,7 +22,18 @@ from transformers.cache_utils import Cache
 from occamkv.bench.attend import OURS
 from occamkv.bench.decode import STOCK, fill, layer_shapes, vocabulary
 from occamkv.bench.gpu_stock import KERNELS, refusal, sdpa
-from occamkv.bench.gpu_timing import REFUSALS, Budget, Dropped, Rig, check_setting, first_line, spread, take_turns
+from occamkv.bench.gpu_timing import (
+    ENDS_A_CASE,
+    REFUSALS,
+    Budget,
+    Dropped,
+    Rig,
+    check_setting,
+    first_line,
+    left_out,
+    spread,
+    take_turns,
+)
 from occamkv.bench.inputs import MOST_TOKENS, Progress, check_list, packing_method
 from occamkv.bench.timing import Times
 from occamkv.integrations.transformers import PackedCache
@@ -214,8 +225,8 @@ def bench_gpu_decode(
             continue
         try:
             found[kind] += job()
-        except (Dropped, torch.OutOfMemoryError) as reason:
-            found["dropped"].append(f"{told}: {first_line(reason)}")
+        except ENDS_A_CASE as reason:
+            found["dropped"].append(f"{told}: {left_out(reason)}")
         release(rig)
         if progress is not None:
             progress("decoding", done + 1, len(jobs))

@@ -13,7 +13,7 @@ import torch
 
 from occamkv.bench.inputs import packed_of, packing_method
 from occamkv.bench.timing import MIN_REPETITIONS, Times
-from occamkv.errors import UnsupportedInput
+from occamkv.errors import OccamError, UnsupportedInput
 
 Clock = Callable[[Sequence[Callable[[], object]]], Callable[[], float]]
 """Takes calls; returns what runs all of them once and tells the milliseconds of one."""
@@ -79,13 +79,26 @@ def most_calls(repetitions: int) -> int:
     return _WARM_UPS + _LEAST_CALLS * (repetitions + 1)
 
 
+FAILED = "failed:"
+
+
 class Dropped(Exception):
     """A case that cannot be measured here; the message says why."""
+
+
+ENDS_A_CASE = (Dropped, RuntimeError, OccamError)
+"""What ends a case but not the run: one case must not take the others' times with it."""
 
 
 def first_line(error: BaseException) -> str:
     """Return what an error says, short."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def left_out(error: BaseException) -> str:
+    """Return why a case has no row; one that failed, not for want of memory or time, is named so."""
+    harmless = isinstance(error, (Dropped, torch.OutOfMemoryError))
+    return first_line(error) if harmless else f"{FAILED} {first_line(error)}"
 
 
 class Budget:

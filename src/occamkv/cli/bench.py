@@ -226,6 +226,10 @@ class _Report:
             draw(result, self.plot_file)
         if self.json_file != "-":
             show(result)
+        if self.device != "cpu":
+            from occamkv.cli.bench_gpu import check_left_out
+
+            check_left_out(result.get("dropped", []))
 
 
 def _isa() -> str | None:

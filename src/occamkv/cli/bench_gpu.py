@@ -81,6 +81,15 @@ def _check_measured(rows: Sequence[Any], dropped: Sequence[str]) -> None:
         raise UnsupportedInput(f"nothing was measured: {'; '.join(dropped)}. Give fewer tokens or more seconds.")
 
 
+def check_left_out(dropped: Sequence[str]) -> None:
+    """End with exit code 1 where a case failed, though others were measured and written."""
+    from occamkv.bench.gpu_timing import FAILED
+
+    failed = [case for case in dropped if f" {FAILED} " in case]
+    if failed:
+        fail(f"{len(failed)} cases failed: {'; '.join(failed)}.", EXIT_WRONG)
+
+
 def _chosen(shapes: Sequence[Shape] | None) -> Sequence[Shape]:
     """Return the shapes that were given, or those of this benchmark."""
     from occamkv.bench import Shape

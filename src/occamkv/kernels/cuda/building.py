@@ -85,12 +85,13 @@ def compile_source(wanted: Build) -> tuple[bytes, str]:
     ]
     if wanted.name != "attend":
         options.append("--fmad=false")  # records are byte for byte those of formats.records
-    _, program = nvrtc.nvrtcCreateProgram((SOURCES / name).read_bytes(), name.encode(), 0, [], [])
+    program = _done(nvrtc.nvrtcCreateProgram((SOURCES / name).read_bytes(), name.encode(), 0, [], []))
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
         if int(result):
-            raise BackendUnavailable(f"NVRTC does not compile {name} for {wanted.architecture}: {log}")
+            error = next((line for line in log.splitlines() if "error" in line), result.name)
+            raise BackendUnavailable(f"NVRTC does not compile {name} for {wanted.architecture}: {error}")
         return _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -150,10 +151,17 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
+def _done(results: tuple[Any, ...]) -> Any:
+    """Return what a call of NVRTC gave, or raise with its own name of what went wrong."""
+    result, *values = results
+    if int(result):
+        raise BackendUnavailable(f"NVRTC refuses: {result.name}.")
+    return values[0] if values else None
+
+
 def _read(size_of: Any, read: Any, program: Any) -> bytes:
-    _, size = size_of(program)
-    text = b" " * size
-    read(program, text)
+    text = b" " * _done(size_of(program))
+    _done(read(program, text))
     return text
 
 

@@ -39,7 +39,7 @@ def unavailable(device: torch.device) -> str | None:
     except (RuntimeError, AssertionError) as error:
         return f"torch cannot use this GPU ({str(error).partition(chr(10))[0]})"
     if architecture_of(capability) is None:
-        return f"it is compiled for compute capability 8.0 and later, not for {'.'.join(map(str, capability))}"
+        return f"it is compiled for compute capabilities 8, 9.0, 10 and 12, not for {'.'.join(map(str, capability))}"
     return building.unavailable() or _refuses_driver()
 
 
