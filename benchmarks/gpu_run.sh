@@ -4,9 +4,9 @@
 #   benchmarks/gpu_run.sh [OUTPUT_FOLDER]      default: build/gpu
 #
 # Needs a CUDA build of torch, transformers 5, and what `pip install '.[hf,cli,plots,cuda]' pytest hypothesis`
-# installs; nothing is downloaded. Without an installed occamkv the sources beside this script are taken. PYTHON names
-# another Python, GPU_RUN_SECONDS another limit. compute-sanitizer and ncu are used where they are. The card's
-# settings are left alone.
+# installs (with pytest-xdist the tests run in four processes); nothing is downloaded. Without an installed occamkv the
+# sources beside this script are taken. PYTHON names another Python, GPU_RUN_SECONDS another limit. compute-sanitizer
+# and ncu are used where they are. The card's settings are left alone.
 #
 # A step that fails or takes too long is noted in log.txt, and the next one begins; the exit code is then 1. These
 # files are written, and no others:
@@ -61,8 +61,10 @@ note "$(date -u +%FT%TZ) $(git rev-parse --short HEAD 2>/dev/null)"
 step environment 20 log.txt bash -c 'nvidia-smi; "$@"' bash "${occamkv[@]}" doctor
 step "the tensor core reads subnormals" 30 tests.txt \
     "$python" -m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_gpu.py -k subnormals
+parallel=() # most of the time of these tests is that of compiling some eighty kernels
+if "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n 4); fi
 step "tests on the GPU" 100 tests.txt "$python" -m pytest -q -p no:cacheprovider -m gpu \
-    --continue-on-collection-errors tests
+    ${parallel[@]+"${parallel[@]}"} --continue-on-collection-errors tests
 if have compute-sanitizer; then
     for tool in memcheck racecheck; do
         step "$tool" 30 tools.txt compute-sanitizer --tool "$tool" --error-exitcode 9 "${case[@]}"
