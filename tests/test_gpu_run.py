@@ -74,6 +74,7 @@ def test_a_failed_step_is_noted_and_the_others_run(tmp_path):
     assert any("decode" in words for words in calls)
 
 
+@pytest.mark.emulator
 def test_a_step_that_hangs_is_ended_and_the_rest_left_out(tmp_path):
     done, calls, files = run(tmp_path, seconds=30, GPU_RUN_SECONDS="2")
     assert done.returncode == 1
@@ -129,12 +130,14 @@ def test_twin_an_option_that_is_not_there_is_seen():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.emulator
 def test_without_a_gpu_its_tests_fail_and_are_not_skipped_in_silence():
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu_run.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "finds no NVIDIA GPU" in done.stdout + done.stderr
 
 
+@pytest.mark.emulator
 def test_the_case_for_checkers_runs_on_a_cpu():
     command = [sys.executable, ROOT / "benchmarks" / "gpu_case.py", "--device", "cpu", "--context", "300"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from occamkv.integrations.transformers import attention
 from some_gpu_rig import cpu_rig, eager_steps
 
 __all__ = ["eager_steps"]
-pytestmark = pytest.mark.usefixtures("eager_steps")
+pytestmark = [pytest.mark.usefixtures("eager_steps"), pytest.mark.emulator]
 
 SETTING = {
     "contexts": (400, 300),

@@ -13,6 +13,7 @@ from one_line_error import complaints
 from some_gpu_rig import cpu_rig, eager_steps
 
 __all__ = ["eager_steps"]
+pytestmark = pytest.mark.emulator  # it belongs to the CUDA backend, and takes a while
 
 SMALL = {
     "attend": ("--shapes", "4/2/32", "--contexts", "300,1k", "--batches", "1,2", "--repetitions", 5),
