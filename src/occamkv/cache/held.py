@@ -72,7 +72,8 @@ class Held:
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes held: `packed`, `residual` (the current step included), `pins`."""
-        held = self.store.nbytes() if self.store is not None else {"packed": 0, "residual": 0, "pins": 0}
+        store = self.store
+        held = {"packed": 0, "residual": 0, "pins": 0} if store is None else store.nbytes()
         held["residual"] += self._slots.nbytes + (0 if self.step is None else self.step.nbytes)
         return held
 
@@ -129,6 +130,7 @@ class Held:
         return self._crossing
 
     def _store(self) -> Store:
-        if self.store is None:
+        store = self.store
+        if store is None:
             raise UnsupportedInput("the cache is empty: call update(k, v) before attention reads it.")
-        return self.store
+        return store

@@ -54,15 +54,25 @@ class PackedTokens:
         parts: list[Pages] = []
         runs: list[tuple[int, list[int]]] = []
         for number in numbers:
-            slab = bisect_right(self.starts, number) - 1
-            if slab < 0 or number >= self.starts[slab] + self.slabs[slab].count:
-                raise UnsupportedInput(f"the block table names page {number}, which is in no slab.")
+            slab = slab_of(number, self.slabs, self.starts)
             if not runs or runs[-1][0] != slab:
                 runs.append((slab, []))
             runs[-1][1].append(number - self.starts[slab])
         for slab, local in runs:
             parts.append(self.slabs[slab].select(torch.tensor(local, device=self.slabs[slab].records.device)))
         return Pages.concatenate(parts)
+
+
+def slab_of(number: int, slabs: Sequence[Pages], starts: Sequence[int]) -> int:
+    """Return which slab has a page.
+
+    Raises:
+        UnsupportedInput: None has it.
+    """
+    slab = bisect_right(starts, number) - 1
+    if slab < 0 or number >= starts[slab] + slabs[slab].count:
+        raise UnsupportedInput(f"the block table names page {number}, which is in no slab.")
+    return slab
 
 
 def positions_of(numbers: Tensor, skips: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """One call of the attend kernel: how the kernel is compiled for it, what it is given, how many blocks it runs in."""
 
 import ctypes
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +14,7 @@ from occamkv.formats import Format
 from occamkv.formats.pages import Pages
 from occamkv.formats.records import pages_of
 from occamkv.kernels.checks import check_attend, check_lengths
-from occamkv.kernels.contract import FullTokens, PackedTokens
+from occamkv.kernels.contract import FullTokens, PackedTokens, slab_of
 from occamkv.kernels.cuda import launching
 from occamkv.kernels.cuda.kernel import Call, Kernel
 
@@ -130,8 +129,7 @@ def prepare(
             f"and {MAX_PARTS}."
         )
     keep: list[Tensor] = []
-    q = q if q.dtype in DTYPES else q.to(torch.float32)
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q = readable(q)
     out = torch.empty((batch, queries, query_heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     tiles = -(-query_heads // kv_heads * queries // COLUMNS)
     packed_splits = packed_splits if packed is not None else 0
@@ -184,9 +182,7 @@ def check_places(packed: PackedTokens) -> None:
 def check_pages(numbers: Iterable[int], slabs: Sequence[Pages], starts: Sequence[int]) -> None:
     """Raise `UnsupportedInput` unless slabs have all these pages."""
     for number in numbers:
-        slab = bisect_right(starts, number) - 1
-        if slab < 0 or number >= starts[slab] + slabs[slab].count:
-            raise UnsupportedInput(f"the block table names page {number}, which is in no slab.")
+        slab_of(number, slabs, starts)
 
 
 def slab_table(slabs: Sequence[Pages], starts: Sequence[int], like: Tensor) -> Tensor:
@@ -227,11 +223,21 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Return x, or a copy, in a known dtype, with channels side by side and rows at multiples of 16 bytes."""
+def readable(x: Tensor) -> Tensor:
+    """Return x, or a copy: a known dtype, channels side by side."""
     x = x if x.dtype in DTYPES else x.to(torch.float32)
-    apart = [x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])]
-    return x if x.stride(-1) == 1 and not any(n % 16 for n in apart) else x.contiguous().clone()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Return whether all rows of `[B, H, T, D]` begin at multiples of 16 bytes."""
+    return not any(n % 16 for n in (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy, readable and with its rows at multiples of 16 bytes."""
+    x = readable(x)
+    return x if is_aligned(x) else x.contiguous().clone()
 
 
 def _part(part: FullTokens, keep: list[Tensor]) -> Part:

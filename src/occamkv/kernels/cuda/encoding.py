@@ -11,7 +11,7 @@ from occamkv.formats import Format, records
 from occamkv.formats.records import Records
 from occamkv.kernels.checks import check_block
 from occamkv.kernels.cuda import building, launching, layout
-from occamkv.kernels.cuda.call import DTYPES
+from occamkv.kernels.cuda.call import DTYPES, is_aligned, readable
 from occamkv.kernels.cuda.kernel import Call, Kernel
 from occamkv.ops.affine import Grid, clip_share
 from occamkv.ops.norms import Norm
@@ -113,17 +113,10 @@ def takes(format: Format, head_dim: int) -> bool:
     return building.packing_bytes(format, head_dim) <= building.MAX_SHARED_BYTES
 
 
-def readable(x: Tensor) -> Tensor:
-    """Return x, or a copy: a known dtype, channels side by side."""
-    x = x if x.dtype in DTYPES else x.to(torch.float32)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def view_of(x: Tensor, keep: list[Tensor]) -> View:
     """Describe K or V, `[B, H, T, D]`, readable."""
     keep.append(x)
-    apart = [x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])]
-    return View(x.data_ptr(), *x.stride()[:3], DTYPES[x.dtype], not any(n % 16 for n in apart))
+    return View(x.data_ptr(), *x.stride()[:3], DTYPES[x.dtype], is_aligned(x))
 
 
 def rules_of(

@@ -19,8 +19,8 @@ from occamkv.kernels.checks import check_lengths
 from occamkv.kernels.contract import FullTokens, PackedTokens, StepLayer, positions_of
 from occamkv.kernels.cuda import launching
 from occamkv.kernels.cuda.attention import splits_for
-from occamkv.kernels.cuda.call import DTYPES, Options, check_pages, prepare, slab_table
-from occamkv.kernels.cuda.encoding import BEYOND_RANGE, DOES_NOT_FIT, Rules, View, readable, rules_of, takes, view_of
+from occamkv.kernels.cuda.call import Options, check_pages, is_aligned, prepare, readable, slab_table
+from occamkv.kernels.cuda.encoding import BEYOND_RANGE, DOES_NOT_FIT, Rules, View, rules_of, takes, view_of
 from occamkv.kernels.cuda.kernel import Call, Kernel
 from occamkv.kernels.cuda.layout import ORDER
 from occamkv.ops import hadamard_block
@@ -231,8 +231,7 @@ class LayerStep:
 
 def _in_place(x: Tensor) -> bool:
     """Return whether the kernels read a ring where it lies."""
-    apart = (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3]))
-    return x.dtype in DTYPES and x.stride(-1) == 1 and not any(n % 16 for n in apart)
+    return readable(x) is x and is_aligned(x)
 
 
 def _check(layer: StepLayer) -> None:
